@@ -1,0 +1,244 @@
+"""The tensors' vocabulary: what a batch, its annotations, its log-probs and its labels are.
+
+Everything downstream of the data speaks in these four dataclasses. Shapes use three letters:
+``R`` responses in the batch, ``P`` pairs among them, ``T`` tokens of all segments together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REFERENCE = "reference"
+"""Name of the frozen model that the KL anchor is measured against; further references have other names."""
+
+
+def _moved(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Applies ``.to`` to tensors, dicts of tensors and nested dataclasses; leaves plain data alone."""
+    if isinstance(value, Tensor):
+        return value.to(*args, **kwargs)
+    if isinstance(value, dict):
+        return {key: _moved(item, *args, **kwargs) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        moved = {f.name: _moved(getattr(value, f.name), *args, **kwargs) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **moved)
+    return value
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What is known about the responses of a batch besides their tokens, as named columns.
+
+    Args:
+        pairs: ``[P, 2]`` int64, indices (chosen, rejected) into the ``R`` responses.
+        response: Per-response columns, each ``[R]`` float32, for instance ``safe`` or ``score``.
+        pair: Per-pair columns, each ``[P]`` float32.
+    """
+
+    pairs: Tensor
+    response: dict[str, Tensor] = field(default_factory=dict)
+    pair: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_pairs(cls, **columns: Tensor) -> Annotations:
+        """Annotations of pairs alone, for use without a model, in a notebook or a test.
+
+        Args:
+            **columns: Per-pair columns ``[P]``, for instance ``chosen_safe`` and ``rejected_safe``.
+        """
+        tensors = {name: torch.as_tensor(column, dtype=torch.get_default_dtype()) for name, column in columns.items()}
+        size = len(next(iter(tensors.values())))
+        return cls(pairs=torch.arange(2 * size).view(size, 2), pair=tensors)
+
+    def __contains__(self, name: str) -> bool:
+        if name in self.pair or name in self.response:
+            return True
+        side, _, column = name.partition("_")
+        return side in ("chosen", "rejected") and column in self.response
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Returns a column by name.
+
+        A per-pair column comes as it is, ``[P]``; ``chosen_X`` and ``rejected_X`` look the response column ``X`` up
+        through the pair table, ``[P]``; the name of a response column gives that column, ``[R]``.
+
+        Raises:
+            KeyError: The batch has no such column; the message lists those it has.
+        """
+        if name in self.pair:
+            return self.pair[name]
+        side, _, column = name.partition("_")
+        if side in ("chosen", "rejected") and column in self.response:
+            return self.response[column][self.pairs[:, 0 if side == "chosen" else 1]]
+        if name in self.response:
+            return self.response[name]
+        known = sorted({*self.pair, *self.response})
+        raise KeyError(f"The batch has no column '{name}'. Its columns: {', '.join(known) or 'none'}.")
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """A batch of pair trees: each prompt once, then its responses, which attend to it and not to each other.
+
+    The tokens of all segments (prompts and responses) lie in one row, ``[T]``, without padding; tables say what is
+    where. How attention is computed over them is the business of an attention backend
+    (:mod:`bfpo_pl.models.log_probs`), not of the batch.
+
+    Args:
+        tokens: ``[T]`` int64, token ids of all segments, one after the other.
+        positions: ``[T]`` int64, position ids; every response of a prompt starts where the prompt ended.
+        segment_start: ``[S]`` int64, where each segment starts in ``tokens``.
+        segment_length: ``[S]`` int64, how many tokens each segment has.
+        response_segment: ``[R]`` int64, the segment of each response.
+        prompt_segment: ``[R]`` int64, the segment of each response's prompt.
+        response_stream: ``[R]`` int64, index of each response's stream in ``streams``.
+        pair_stream: ``[P]`` int64, index of each pair's stream in ``streams``.
+        annotations: Columns of flags and scores, and the pair table.
+        stream_weight: ``[K]`` float32, weight of each stream's loss in the sum over streams.
+        streams: Names of the ``K`` data streams, in the order of the indices.
+        origins: For each pair tree, in order, where its row came from (file and line); for messages alone.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segment_start: Tensor
+    segment_length: Tensor
+    response_segment: Tensor
+    prompt_segment: Tensor
+    response_stream: Tensor
+    pair_stream: Tensor
+    stream_weight: Tensor
+    annotations: Annotations
+    streams: tuple[str, ...]
+    origins: tuple[str, ...] = ()
+
+    @property
+    def pairs(self) -> Tensor:
+        """``[P, 2]`` int64, indices (chosen, rejected) into the responses."""
+        return self.annotations.pairs
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """``[R]`` int64, tokens in each response, the end-of-sequence token among them."""
+        return self.segment_length[self.response_segment]
+
+    def to(self, *args: Any, **kwargs: Any) -> PairBatch:
+        """The batch with every tensor moved, with the arguments of :meth:`torch.Tensor.to`."""
+        return _moved(self, *args, **kwargs)
+
+    def pin_memory(self) -> PairBatch:
+        """The batch in page-locked memory (called by the DataLoader)."""
+
+        def pinned(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.pin_memory()
+            if isinstance(value, dict):
+                return {key: pinned(item) for key, item in value.items()}
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                return dataclasses.replace(
+                    value, **{f.name: pinned(getattr(value, f.name)) for f in dataclasses.fields(value)}
+                )
+            return value
+
+        return pinned(self)
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Log-probabilities of the responses, the model's only output to the rest of the code.
+
+    Args:
+        policy: ``[R]`` float32, log-prob of each response under the policy, in nats.
+        lengths: ``[R]`` int64, tokens in each response.
+        pairs: ``[P, 2]`` int64, indices (chosen, rejected) into the responses.
+        references: Log-probs ``[R]`` under each named frozen model. The KL anchor is named ``reference``.
+    """
+
+    policy: Tensor
+    lengths: Tensor
+    pairs: Tensor
+    references: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_margin(cls, margin: Tensor) -> LogProbs:
+        """Log-probs that have the given margins ``[P]``, for use without a model, in a notebook or a test."""
+        size = len(margin)
+        policy = torch.stack([margin, torch.zeros_like(margin)], dim=1).reshape(-1)
+        return cls(
+            policy=policy,
+            lengths=torch.ones(2 * size, dtype=torch.long),
+            pairs=torch.arange(2 * size).view(size, 2),
+            references={REFERENCE: torch.zeros_like(policy)},
+        )
+
+    def log_ratio(self, reference: str = REFERENCE) -> Tensor:
+        """``[R]``, log π(y) − log π_ref(y) of each response against the named reference."""
+        return self.policy - self.references[reference]
+
+    def margin(self, reference: str = REFERENCE) -> Tensor:
+        """``[P]``, h = log-ratio of chosen minus log-ratio of rejected."""
+        return self.chosen(self.log_ratio(reference)) - self.rejected(self.log_ratio(reference))
+
+    def chosen(self, values: Tensor) -> Tensor:
+        """``[P]``, the per-response ``values`` ``[R]`` of each pair's chosen response."""
+        return values[self.pairs[:, 0]]
+
+    def rejected(self, values: Tensor) -> Tensor:
+        """``[P]``, the per-response ``values`` ``[R]`` of each pair's rejected response."""
+        return values[self.pairs[:, 1]]
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a labeling function asks of the policy, for each unit (a pair; a response in unary methods).
+
+    All in the sense chosen minus rejected.
+
+    Args:
+        target: ``[N]`` g. Its sign says who wins, its size how clearly; 0 counts in no accuracy.
+        weight: ``[N]`` ≥ 0, multiplies the unit's loss; 0 drops the unit. Default: 1.
+        offset: ``[N]``, subtracted from the scaled margin before the loss looks at it. Default: 0.
+        probability: ``[N]`` in [0, 1], how probable it is that chosen wins. Default: 1, 1/2 or 0 by the sign of g.
+    """
+
+    target: Tensor
+    weight: Tensor | None = None
+    offset: Tensor | None = None
+    probability: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """``[N]``, ``weight`` or ones."""
+        return torch.ones_like(self.target) if self.weight is None else self.weight
+
+    @property
+    def offsets(self) -> Tensor:
+        """``[N]``, ``offset`` or zeros."""
+        return torch.zeros_like(self.target) if self.offset is None else self.offset
+
+    @property
+    def probabilities(self) -> Tensor:
+        """``[N]``, ``probability``, or 1, 1/2, 0 by the sign of the target."""
+        return (1 + torch.sign(self.target)) / 2 if self.probability is None else self.probability
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a labeling function or a loss needs; checked against the data and the model before weights load.
+
+    Args:
+        columns: Names of annotation columns, for instance ``chosen_safe``.
+        references: Names of frozen reference models.
+    """
+
+    columns: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+
+    def __or__(self, other: Requirements) -> Requirements:
+        columns = dict.fromkeys((*self.columns, *other.columns))
+        references = dict.fromkeys((*self.references, *other.references))
+        return Requirements(tuple(columns), tuple(references))

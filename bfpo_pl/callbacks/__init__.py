@@ -1,0 +1,1 @@
+"""Callbacks of a run: its record, its export, its guards and its evaluation."""

@@ -1,0 +1,40 @@
+"""What every configurable component shares: a readable repr and checked arguments."""
+
+from __future__ import annotations
+
+import math
+
+
+class Component:
+    """Base of labelings, losses and other parts named by ``class_path``; its repr shows the resolved arguments."""
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
+        return f"{type(self).__name__}({arguments})"
+
+
+def check_range(
+    owner: object,
+    name: str,
+    value: float,
+    low: float,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
+    """Returns ``value`` as a float if it lies between ``low`` and ``high``, ends included unless said to be open.
+
+    Raises:
+        ValueError: It does not; the message names the class, the argument, the value and the range.
+    """
+    number = float(value)
+    above = low < number if low_open else low <= number
+    below = number < high if high_open or math.isinf(high) else number <= high
+    if not (above and below):
+        opening = "(" if low_open else "["
+        closing = ")" if high_open or math.isinf(high) else "]"
+        raise ValueError(
+            f"{type(owner).__name__}: {name} must lie in {opening}{low:g}, {high:g}{closing}, not {value}."
+        )
+    return number

@@ -1,0 +1,1 @@
+"""Data: from rows of real datasets to batches of pair trees."""
