@@ -50,7 +50,11 @@ class Annotations:
         Args:
             **columns: Per-pair columns ``[P]``, for instance ``chosen_safe`` and ``rejected_safe``.
         """
-        tensors = {name: torch.as_tensor(column, dtype=torch.get_default_dtype()) for name, column in columns.items()}
+        tensors = {name: torch.as_tensor(column) for name, column in columns.items()}
+        tensors = {
+            name: column if column.is_floating_point() else column.to(torch.get_default_dtype())
+            for name, column in tensors.items()
+        }
         size = len(next(iter(tensors.values())))
         return cls(pairs=torch.arange(2 * size).view(size, 2), pair=tensors)
 
@@ -101,6 +105,9 @@ class PairBatch:
         stream_weight: ``[K]`` float32, weight of each stream's loss in the sum over streams.
         streams: Names of the ``K`` data streams, in the order of the indices.
         origins: For each pair tree, in order, where its row came from (file and line); for messages alone.
+        max_length: Tokens of the longest prompt and response together. Plain number, so that no step waits for the
+            device; computed if not given.
+        response_tokens: Tokens of all responses together, likewise.
     """
 
     tokens: Tensor
@@ -115,6 +122,19 @@ class PairBatch:
     annotations: Annotations
     streams: tuple[str, ...]
     origins: tuple[str, ...] = ()
+    max_length: int = -1
+    response_tokens: int = -1
+
+    def __post_init__(self) -> None:
+        if self.response_tokens < 0:
+            lengths = self.response_lengths
+            whole = lengths + self.segment_length[self.prompt_segment]
+            object.__setattr__(self, "response_tokens", int(lengths.sum()))
+            object.__setattr__(self, "max_length", int(whole.max()) if len(whole) else 0)
+
+    def __len__(self) -> int:
+        """Number of responses."""
+        return len(self.response_segment)
 
     @property
     def pairs(self) -> Tensor:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 
 
+class UserError(ValueError):
+    """A mistake in what was asked for: the message says what and how to mend it, and no traceback is needed."""
+
+
 class Component:
     """Base of labelings, losses and other parts named by ``class_path``; its repr shows the resolved arguments."""
 
@@ -26,7 +30,7 @@ def check_range(
     """Returns ``value`` as a float if it lies between ``low`` and ``high``, ends included unless said to be open.
 
     Raises:
-        ValueError: It does not; the message names the class, the argument, the value and the range.
+        UserError: It does not; the message names the class, the argument, the value and the range.
     """
     number = float(value)
     above = low < number if low_open else low <= number
@@ -34,7 +38,5 @@ def check_range(
     if not (above and below):
         opening = "(" if low_open else "["
         closing = ")" if high_open or math.isinf(high) else "]"
-        raise ValueError(
-            f"{type(owner).__name__}: {name} must lie in {opening}{low:g}, {high:g}{closing}, not {value}."
-        )
+        raise UserError(f"{type(owner).__name__}: {name} must lie in {opening}{low:g}, {high:g}{closing}, not {value}.")
     return number

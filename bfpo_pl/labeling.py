@@ -55,7 +55,7 @@ class BFPO(LabelingFunction):
         b3: Scale of the labels, > 0. Default: 1/(b1 − 1), which keeps the meaning of tau.
 
     Raises:
-        ValueError: An argument lies outside its range.
+        UserError: An argument lies outside its range.
     """
 
     requires = _SAFETY_FLAGS
@@ -64,7 +64,8 @@ class BFPO(LabelingFunction):
         self.b1 = check_range(self, "b1", b1, 1.0, low_open=True)
         default_b3 = 1.0 / (self.b1 - 1.0)
         self.b3 = default_b3 if b3 is None else check_range(self, "b3", b3, 0.0, low_open=True)
-        highest_alpha = 1.0 if b3 is None else self.b3 * (self.b1 - 1.0)
+        # A hair of room for rounding: b3 = 1/(b1 - 1), written out, must allow alpha = 1.
+        highest_alpha = 1.0 if b3 is None else self.b3 * (self.b1 - 1.0) * (1 + 1e-12)
         self.alpha = check_range(self, "alpha", alpha, 0.0, highest_alpha)
 
     def __call__(self, annotations: Annotations) -> Label:
@@ -113,7 +114,7 @@ class Linear(LabelingFunction):
         w: Weight of safety, in [0, 1].
 
     Raises:
-        ValueError: ``w`` lies outside [0, 1].
+        UserError: ``w`` lies outside [0, 1].
     """
 
     requires = _SAFETY_FLAGS

@@ -58,7 +58,7 @@ class Squared(PreferenceLoss):
         tau: Strength of the KL anchor, > 0. The BFPO paper uses 0.01.
 
     Raises:
-        ValueError: ``tau`` is not positive.
+        UserError: ``tau`` is not positive.
     """
 
     def __init__(self, tau: float) -> None:
@@ -84,7 +84,7 @@ class Logistic(PreferenceLoss):
         label_smoothing: ε, the assumed share of flipped preferences, in [0, 0.5].
 
     Raises:
-        ValueError: An argument lies outside its range.
+        UserError: An argument lies outside its range.
     """
 
     def __init__(self, beta: float, label_smoothing: float = 0.0) -> None:
@@ -113,7 +113,7 @@ class RobustLogistic(PreferenceLoss):
         label_smoothing: ε, the share of flipped preferences, in [0, 0.5).
 
     Raises:
-        ValueError: An argument lies outside its range.
+        UserError: An argument lies outside its range.
     """
 
     def __init__(self, beta: float, label_smoothing: float = 0.1) -> None:
@@ -142,7 +142,7 @@ class Hinge(PreferenceLoss):
         beta: Strength of the KL anchor, > 0.
 
     Raises:
-        ValueError: ``beta`` is not positive.
+        UserError: ``beta`` is not positive.
     """
 
     def __init__(self, beta: float) -> None:
@@ -177,7 +177,7 @@ class SafeChosenNLL(AuxiliaryLoss):
         weight: Weight of the term against the preference loss, ≥ 0.
 
     Raises:
-        ValueError: ``weight`` is negative.
+        UserError: ``weight`` is negative.
     """
 
     requires = Requirements(columns=("chosen_safe",))

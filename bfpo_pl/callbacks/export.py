@@ -1,0 +1,84 @@
+"""Ends a fit with a Hugging Face folder that plain transformers loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedModel
+
+from bfpo_pl.training import ResponseModule
+
+
+class ExportHF(Callback):
+    """Writes the trained policy and its tokenizer to ``export/`` in the run's folder, an adapter merged in.
+
+    Args:
+        enabled: Whether to export at all.
+        max_shard_size: Largest safetensors file.
+    """
+
+    def __init__(self, enabled: bool = True, max_shard_size: str = "4GB") -> None:
+        self.enabled = enabled
+        self.max_shard_size = max_shard_size
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, ResponseModule)
+        if self.enabled and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            export(pl_module, Path(trainer.default_root_dir) / "export", trainer.is_global_zero, self.max_shard_size)
+            trainer.strategy.barrier("export")
+
+
+def export(module: ResponseModule, folder: Path, writes: bool, max_shard_size: str = "4GB") -> None:
+    """Gathers the policy's weights over all ranks and writes them as a Hugging Face folder, on the rank that writes.
+
+    Args:
+        module: A module whose policy is built. Every rank must call, since sharded weights are gathered.
+        folder: Where to; an older one of that name is replaced.
+        writes: Whether this rank writes.
+        max_shard_size: Largest safetensors file.
+    """
+    policy = module.policy
+    assert policy is not None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dict(get_model_state_dict(policy, options=options))
+    if not writes:
+        return
+    network = _plain_network(module, policy, weights)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    network.save_pretrained(part, max_shard_size=max_shard_size)
+    module.tokenizer.save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    rank_zero_info(f"Exported the policy to {folder}")
+
+
+def _plain_network(module: ResponseModule, policy: PreTrainedModel, weights: dict[str, Any]) -> PreTrainedModel:
+    """A network of the policy's class on the CPU, with the gathered weights and any adapter merged into them."""
+    network = module.source.load_model().to(policy.dtype)
+    adapted = any(isinstance(layer, BaseTunerLayer) for layer in policy.modules())
+    if adapted:
+        module.trainable.apply(network)
+    network.load_state_dict(weights, strict=True, assign=False)
+    if not adapted:
+        return network
+    with torch.no_grad():
+        for layer in network.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+    merged = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in network.state_dict().items()
+        if not any(f".{part}." in f".{name}." for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"))
+    }
+    plain = module.source.load_model().to(policy.dtype)
+    plain.load_state_dict(merged, strict=True)
+    return plain

@@ -1,0 +1,50 @@
+"""Progress of long work: a rich bar in a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+
+
+class LineProgress(ProgressBar):
+    """One line every so many seconds, for logs that are read later.
+
+    Args:
+        seconds: Least time between two lines.
+    """
+
+    def __init__(self, seconds: float = 15.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._enabled = True
+        self._started = self._printed = 0.0
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = self._printed = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.monotonic()
+        step, total = trainer.global_step, trainer.estimated_stepping_batches
+        if not self._enabled or (now - self._printed < self.seconds and step != total):
+            return
+        self._printed = now
+        loss = trainer.progress_bar_metrics.get("loss")
+        shown = f", loss {loss:.4g}" if loss is not None else ""
+        print(f"step {step}/{total}{shown}, {now - self._started:.0f} s", flush=True)
+
+
+def progress_callback() -> Callback:
+    """A rich bar if the output is a terminal, lines otherwise."""
+    return RichProgressBar(leave=True) if sys.stdout.isatty() else LineProgress()

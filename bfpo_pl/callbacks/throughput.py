@@ -1,0 +1,74 @@
+"""Logs how fast and how large a run is, and what its optimizer does."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bfpo_pl.training import ResponseModule
+
+
+class Throughput(Callback):
+    """Logs pairs and tokens a second over all processes, peak memory, the learning rate and the gradient's norm.
+
+    The gradient's norm is taken before clipping, on the steps that are logged.
+    """
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._pairs = 0
+        self._responses = 0
+        self._tokens = 0
+        self._norm: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since, self._pairs, self._responses, self._tokens = time.perf_counter(), 0, 0, 0
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        step = trainer.global_step + 1
+        if step == 1 or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._pairs += len(batch.pairs)
+        self._responses += len(batch)
+        self._tokens += batch.tokens.numel()
+        assert isinstance(pl_module, ResponseModule)
+        if not pl_module.should_log():
+            return
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        world = trainer.world_size
+        values = {
+            "train/pairs_per_second": self._pairs * world / seconds,
+            "train/responses_per_second": self._responses * world / seconds,
+            "train/tokens_per_second": self._tokens * world / seconds,
+            "train/peak_memory_gb": peak_memory(pl_module.device) / 2**30,
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        if self._norm is not None:
+            values["train/grad_norm"] = self._norm.item()
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        self._restart()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: the GPU's allocator's, or this process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # ru_maxrss is in kilobytes on Linux and in bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

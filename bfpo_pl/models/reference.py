@@ -1,0 +1,122 @@
+"""Reference models: what the policy's log-probs are measured against. The loss cannot tell them apart.
+
+A reference lives outside the module tree: it never shows in ``state_dict``, optimizer or checkpoints.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bfpo_pl.batch import PairBatch
+from bfpo_pl.component import Component, UserError
+from bfpo_pl.models.sources import ModelSource
+
+
+class Reference(Component, ABC):
+    """Gives the log-probs of responses under a frozen model."""
+
+    starts_as_policy: bool = False
+    """Whether the policy's own start is the reference, so that the first margin must be exactly 0."""
+
+    columns: tuple[str, ...] = ()
+    """Annotation columns that the reference reads."""
+
+    def check(self) -> None:
+        """Fails early, before any weight loads, if the reference cannot be had."""
+
+    @abstractmethod
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+        """Gets ready, once, when the policy has been built and not yet changed.
+
+        Args:
+            policy: The policy with its trainable part applied.
+            source: Where the policy came from.
+            place: Binds the log-prob method to a network and shards it as the policy is.
+        """
+
+    @abstractmethod
+    def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
+        """``[R]``, log-prob of every response, without a gradient."""
+
+    def to(self, device: torch.device) -> None:
+        """Moves the reference's network, if it has one, to the policy's device."""
+
+
+class FrozenCopy(Reference):
+    """A frozen network of its own: the policy's start, or another model.
+
+    Args:
+        source: Where it comes from. Default: the policy's own source.
+    """
+
+    def __init__(self, source: ModelSource | None = None) -> None:
+        self.source = source
+        self._network: PreTrainedModel | None = None
+
+    @property
+    def starts_as_policy(self) -> bool:  # type: ignore[override]
+        return self.source is None
+
+    def check(self) -> None:
+        if self.source is not None:
+            self.source.check()
+
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+        network = (self.source or source).load_model()
+        network.requires_grad_(False)
+        network.eval()
+        place(network)
+        self._network = network
+
+    @torch.no_grad()
+    def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
+        return self._network.response_log_probs(batch)  # type: ignore[union-attr,operator]
+
+    def to(self, device: torch.device) -> None:
+        if self._network is not None and self._network.device != device:
+            self._network.to(device)
+
+
+class AdapterOff(Reference):
+    """The policy with its adapter switched off: no second network. For `LoRA`."""
+
+    starts_as_policy = True
+
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+        if not any(isinstance(module, BaseTunerLayer) for module in policy.modules()):
+            raise UserError("AdapterOff: the policy has no adapter. Set model.trainable to LoRA, or use FrozenCopy.")
+
+    @torch.no_grad()
+    def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
+        policy.disable_adapters()
+        training = policy.training
+        policy.eval()
+        try:
+            return policy.response_log_probs(batch)  # type: ignore[operator]
+        finally:
+            policy.train(training)
+            policy.enable_adapters()
+
+
+class FromColumn(Reference):
+    """Log-probs that the data carries, computed before, one number a response.
+
+    Args:
+        column: Name of the response column, in nats, under the same token reduction as the policy's.
+    """
+
+    def __init__(self, column: str = "reference_log_prob") -> None:
+        self.column = column
+        self.columns = (f"chosen_{column}", f"rejected_{column}")
+
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+        return None
+
+    def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
+        return batch.annotations.response[self.column]

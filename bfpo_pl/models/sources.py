@@ -1,0 +1,236 @@
+"""Where networks come from: the Hub or a folder in its format, or a config (the embedded tiny model)."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from bfpo_pl.component import Component, UserError
+
+
+class ModelSourceError(UserError):
+    """A model that cannot be had, with what to do about it."""
+
+
+class ModelSource(Component, ABC):
+    """Makes a causal language model and its tokenizer. Cheap to construct: weights load when the trainer asks."""
+
+    def check(self) -> None:
+        """Fails early, before any weight loads, if the model cannot be had.
+
+        Raises:
+            ModelSourceError: It cannot; the message says why and what to do.
+        """
+
+    @abstractmethod
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+
+    @abstractmethod
+    def load_model(self) -> PreTrainedModel:
+        """A new copy of the model with its weights, on the CPU. Every call gives the same weights."""
+
+
+class HFModel(ModelSource):
+    """A causal language model from the Hugging Face Hub or from a local folder in its format.
+
+    Args:
+        path: Hub id such as ``Qwen/Qwen3-0.6B``, or a folder with config.json, *.safetensors and the tokenizer
+            (every run leaves one in its ``export`` folder).
+        revision: Branch, tag or commit on the Hub.
+        dtype: Type of the parameters. Keep float32 for training, with ``trainer.precision: bf16-mixed`` on a GPU.
+        attn_implementation: Attention of transformers (sdpa, eager, flash_attention_2); its own choice by default.
+        disable_dropout: Sets every dropout probability to 0, in policy and reference, as DPO implementations do.
+        tokenizer: Hub id or folder of another tokenizer. Default: the model's own.
+        trust_remote_code: Lets the repository run its own Python code on this machine. Off: nothing foreign runs.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+        attn_implementation: str | None = None,
+        disable_dropout: bool = True,
+        tokenizer: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.path = path
+        self.revision = revision
+        self.dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.disable_dropout = disable_dropout
+        self.tokenizer = tokenizer
+        self.trust_remote_code = trust_remote_code
+
+    def check(self) -> None:
+        self._load_config()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        path = self.tokenizer or self.path
+        revision = None if self.tokenizer else self.revision
+        with _explained(path):
+            return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=self.trust_remote_code)
+
+    def load_model(self) -> PreTrainedModel:
+        config = self._load_config()
+        if self.disable_dropout:
+            _zero_dropout_settings(config)
+        with _explained(self.path):
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                config=config,
+                revision=self.revision,
+                dtype=self.dtype,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=True,
+            )
+        if self.disable_dropout:
+            _zero_dropout_modules(model)
+        return model
+
+    def _load_config(self) -> Any:
+        path = Path(self.path)
+        looks_local = path.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1
+        if looks_local and not path.is_dir():
+            raise ModelSourceError(
+                f"HFModel: there is no folder '{self.path}'. Set policy.path to a Hub id or to a folder with "
+                f"config.json and *.safetensors (a run's export/ folder is one)."
+            )
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ModelSourceError(
+                f"HFModel: the folder '{self.path}' has no config.json; is it a run? Use its export/."
+            )
+        if path.is_dir() and not list(path.glob("*.safetensors")):
+            raise ModelSourceError(
+                f"HFModel: the folder '{self.path}' has no *.safetensors. Other weight formats can run code when they "
+                f"load and are refused; convert them with save_pretrained first."
+            )
+        with _explained(self.path):
+            return AutoConfig.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+
+
+class TinyModel(ModelSource):
+    """The embedded model: a small Llama with random weights and the microworld's tokenizer. No download.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        layers: Number of transformer blocks.
+        heads: Attention heads; must divide ``hidden_size``.
+        intermediate_size: Width of the MLPs.
+        initializer_range: Standard deviation of the initial weights. At this size 1/sqrt(hidden_size) learns; the
+            usual 0.02 does not.
+        seed: Seed of the weights. Default: the run's ``seed_everything``, so that every process builds the same.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 128,
+        layers: int = 3,
+        heads: int = 4,
+        intermediate_size: int = 384,
+        initializer_range: float = 0.09,
+        seed: int | None = None,
+    ) -> None:
+        if hidden_size % heads:
+            raise UserError(f"TinyModel: heads ({heads}) must divide hidden_size ({hidden_size}).")
+        self.hidden_size = hidden_size
+        self.layers = layers
+        self.heads = heads
+        self.intermediate_size = intermediate_size
+        self.initializer_range = initializer_range
+        self.seed = seed
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        from bfpo_pl.microworld import build_tokenizer
+
+        return build_tokenizer()
+
+    def load_model(self) -> PreTrainedModel:
+        tokenizer = self.load_tokenizer()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            intermediate_size=self.intermediate_size,
+            initializer_range=self.initializer_range,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(config)
+
+
+class _explained:
+    """Turns the errors of Hub and loader into one sentence with a remedy."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, ModelSourceError) or not isinstance(error, OSError | ValueError):
+            return
+        causes: list[BaseException] = []
+        cause: BaseException | None = error
+        while cause is not None and cause not in causes:
+            causes.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        text = " ".join(str(error).split())[:300]
+        if any(isinstance(item, GatedRepoError) for item in causes) or "gated repo" in text:
+            remedy = (
+                f"'{self.path}' is a gated repository: accept its terms on its Hub page, then log in with "
+                f"`hf auth login` or set HF_TOKEN."
+            )
+        elif any(isinstance(item, RepositoryNotFoundError) for item in causes) or "is not a valid model" in text:
+            remedy = f"There is no repository or folder '{self.path}' (a private one needs HF_TOKEN)."
+        elif "trust_remote_code" in text:
+            remedy = (
+                f"'{self.path}' ships its own Python code, which is not run unless you set trust_remote_code: true; "
+                f"do so only if you trust its authors."
+            )
+        elif isinstance(error, OSError):
+            remedy = f"'{self.path}' could not be loaded: {text}"
+        else:
+            return
+        raise ModelSourceError(f"HFModel: {remedy}") from error
+
+
+def _zero_dropout_settings(config: Any) -> None:
+    """Sets every dropout probability of a config to 0, those that functional attention reads among them."""
+    for name, value in list(vars(config).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def _zero_dropout_modules(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

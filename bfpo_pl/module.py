@@ -1,0 +1,250 @@
+"""The preference-training step: where batch, labeling, loss and reductions meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from bfpo_pl.batch import REFERENCE, Label, LogProbs, PairBatch, Requirements
+from bfpo_pl.component import UserError
+from bfpo_pl.labeling import LabelingFunction
+from bfpo_pl.losses import AuxiliaryLoss, PreferenceLoss
+from bfpo_pl.metrics import PreferenceMetrics
+from bfpo_pl.models.log_probs import AttentionBackend
+from bfpo_pl.models.reference import FrozenCopy, Reference
+from bfpo_pl.models.sources import ModelSource
+from bfpo_pl.models.trainable import TrainablePart
+from bfpo_pl.reductions import Mean, PairReduction
+from bfpo_pl.schedules import Schedule
+from bfpo_pl.training import ResponseModule
+
+
+class RequirementError(UserError):
+    """A labeling or loss needs something that the data or the references do not give."""
+
+
+class StartMarginError(RuntimeError):
+    """The first margin is not 0 although the reference is the policy's own start."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a batch comes to.
+
+    Args:
+        loss: Scalar that is minimised: the sum over streams of weight · reduction.
+        losses: ``[N]``, loss of each unit before its weight.
+        label: What the labeling asked, ``[N]``.
+        log_probs: Log-probs of policy and references.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    label: Label
+    log_probs: LogProbs
+
+
+class PreferenceModule(ResponseModule):
+    """Trains a policy against a frozen reference, with a labeling function and a loss of one's choice.
+
+    Args:
+        policy: Where the policy comes from.
+        labeling: From safety flags and the helpfulness order to each pair's target.
+        loss: From log-probs and targets to each pair's loss.
+        reference: The KL anchor. Default: a frozen copy of the policy's start, if the loss needs one.
+        references: Further frozen models by name, for methods that need them.
+        trainable: What of the policy trains. Default: everything.
+        optimizer: Optimizer, called with the trainable parameters.
+        schedule: Learning-rate schedule. Default: warm-up over 10 % of the steps, then cosine to 0.
+        auxiliary: A further term of each pair's loss, such as `SafeChosenNLL`; not the paper's.
+        pair_reduction: From the losses of a stream's pairs to a scalar. Default: their weighted mean.
+        logp_reduction: Over the tokens of a response: sum (BFPO, and IPO as published) or mean.
+        attention: How the network attends over pair trees. Default: `Padded`.
+        chunk_size: Response tokens that meet the vocabulary at once; fewer take less memory.
+        activation_checkpointing: Recomputes activations in the backward pass, for large models.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSource,
+        labeling: LabelingFunction,
+        loss: PreferenceLoss,
+        reference: Reference | None = None,
+        references: dict[str, Reference] | None = None,
+        trainable: TrainablePart | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        auxiliary: AuxiliaryLoss | None = None,
+        pair_reduction: PairReduction | None = None,
+        logp_reduction: Literal["sum", "mean"] = "sum",
+        attention: AttentionBackend | None = None,
+        chunk_size: int = 4096,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            policy, optimizer, schedule, trainable, attention, logp_reduction, chunk_size, activation_checkpointing
+        )
+        self.labeling = labeling
+        self.loss = loss
+        self.auxiliary = auxiliary
+        self.pair_reduction = pair_reduction or Mean()
+        self.references = dict(references or {})
+        if reference is not None or REFERENCE in self.requires.references:
+            self.references[REFERENCE] = reference or FrozenCopy()
+        if labeling.unit != loss.unit:
+            raise RequirementError(
+                f"{labeling} labels each {labeling.unit}, but {loss} needs a label for each {loss.unit}."
+            )
+        if auxiliary is not None and loss.unit != "pair":
+            raise RequirementError(f"{auxiliary} is a term of each pair, but {loss} has one loss a {loss.unit}.")
+        missing = [name for name in self.requires.references if name not in self.references]
+        if missing:
+            raise RequirementError(
+                f"{labeling} with {loss} needs the reference model(s) {', '.join(missing)}; name them under "
+                f"model.references."
+            )
+        self._start_checked = False
+        self._train_metrics: PreferenceMetrics | None = None
+        self._val_metrics: PreferenceMetrics | None = None
+
+    @property
+    def requires(self) -> Requirements:
+        """What labeling, loss and auxiliary term need together."""
+        needed = self.labeling.requires | self.loss.requires
+        return needed | self.auxiliary.requires if self.auxiliary is not None else needed
+
+    # ---- building -------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for reference in self.references.values():
+            reference.check()
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "columns_of"):
+            self._check_columns(datamodule)
+        rank_zero_info(
+            f"Labeling {self.labeling}, loss {self.loss}, log-probs reduced by {self.logp_reduction}, "
+            f"pairs by {self.pair_reduction}"
+            + (f", auxiliary {self.auxiliary} (not the paper's)." if self.auxiliary is not None else ".")
+        )
+
+    def _check_columns(self, datamodule: Any) -> None:
+        needed = dict.fromkeys(self.requires.columns, str(self.labeling))
+        for name, reference in self.references.items():
+            needed.update(dict.fromkeys(reference.columns, f"the reference '{name}'"))
+        for stream in datamodule.streams:
+            have = set(datamodule.columns_of(stream))
+            for column, owner in needed.items():
+                if column not in have:
+                    flags = column in ("chosen_safe", "rejected_safe")
+                    remedy = "set assume_safe: true for that stream if all its rows are safe, or " if flags else ""
+                    raise RequirementError(
+                        f"{owner} with {self.loss} needs the column '{column}', which the stream '{stream}' lacks (it "
+                        f"has: {', '.join(sorted(have)) or 'none'}): {remedy}name the column in the stream's adapter."
+                    )
+
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        super().configure_model()
+        assert self.policy is not None
+        for reference in self.references.values():
+            reference.prepare(self.policy, self.source, self.place)
+
+    def on_fit_start(self) -> None:
+        self._move_references()
+
+    def on_validation_start(self) -> None:
+        self._move_references()
+
+    def _move_references(self) -> None:
+        for reference in self.references.values():
+            reference.to(self.device)
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+
+    def objective(self, batch: PairBatch) -> Objective:
+        """The loss of a batch and all that it was made of.
+
+        Args:
+            batch: Pair trees of one or more streams.
+        """
+        assert self.policy is not None
+        # References first: an adapter must be back on before the policy's graph is built.
+        references = {name: reference.log_probs(self.policy, batch) for name, reference in self.references.items()}
+        log_probs = LogProbs(self.log_probs_of(batch), batch.response_lengths, batch.pairs, references)
+        label = self.labeling(batch.annotations)
+        losses = self.loss(log_probs, label)
+        if self.auxiliary is not None:
+            losses = losses + self.auxiliary(log_probs, batch.annotations)
+        stream = batch.pair_stream if self.loss.unit == "pair" else batch.response_stream
+        return Objective(self._sum_over_streams(losses, label.weights, stream, batch), losses, label, log_probs)
+
+    def _sum_over_streams(self, losses: Tensor, weights: Tensor, stream: Tensor, batch: PairBatch) -> Tensor:
+        """Σ over streams of stream weight · reduction over the stream's units: the paper adds the streams' means."""
+        member = torch.nn.functional.one_hot(stream, len(batch.streams)).T.to(losses.dtype)  # [K, N]
+        stream_weights = member * weights
+        counts = self.mean_over_ranks((stream_weights > 0).sum(dim=1).to(losses.dtype))
+        reduced = [self.pair_reduction(losses, stream_weights[k], counts[k]) for k in range(len(batch.streams))]
+        return (torch.stack(reduced) * batch.stream_weight.to(losses.dtype)).sum()
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        first = not self._start_checked and self.trainer.global_step == 0
+        if first:
+            self.check_head(batch)
+        objective = self.objective(batch)
+        if first:
+            self._check_start(objective.log_probs)
+        self._start_checked = True
+        self.watch_finite(objective.loss, batch)
+        self.log("loss", objective.loss.detach(), prog_bar=True, logger=False)
+        if self._train_metrics is None:
+            self._train_metrics = PreferenceMetrics(batch.streams).to(self.device)
+        self._update(self._train_metrics, batch, objective)
+        return objective.loss
+
+    def _check_start(self, log_probs: LogProbs) -> None:
+        """Where the reference is the policy's own start, the margin must be exactly 0 before the first update.
+
+        Raises:
+            StartMarginError: It is not.
+        """
+        reference = self.references.get(REFERENCE)
+        if reference is None or not reference.starts_as_policy or len(log_probs.policy) == 0:
+            return
+        largest = log_probs.log_ratio().abs().max().item()
+        if largest != 0.0:
+            raise StartMarginError(
+                "Before the first update policy and reference are the same model, so every log-ratio must be 0, but "
+                f"one is {largest:.3g}. Usual causes: active dropout (policy.disable_dropout: true and LoRA dropout 0 "
+                "mend it), or an adapter that does not start at zero."
+            )
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        objective = self.objective(batch)
+        if self._val_metrics is None:
+            self._val_metrics = PreferenceMetrics(batch.streams).to(self.device)
+        self._update(self._val_metrics, batch, objective)
+
+    def _update(self, metrics: PreferenceMetrics, batch: PairBatch, objective: Objective) -> None:
+        paired = self.loss.unit == "pair"
+        metrics.update(
+            batch,
+            objective.log_probs,
+            objective.label if paired else None,
+            objective.losses if paired else None,
+            self.loss.scale,
+        )
+
+    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
+        if self._train_metrics is not None and self.should_log():
+            self.log_train(self._train_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        if self._val_metrics is not None:
+            self.log_validation(self._val_metrics)

@@ -1,0 +1,109 @@
+"""Records of a run: its folder, its config, the versions and the revision it ran with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import secrets
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RUN_VARIABLE = "BFPO_RUN_DIR"
+"""Hands the launching process's run folder down to the processes that it starts."""
+
+PACKAGES = (
+    "bfpo_pl",
+    "torch",
+    "lightning",
+    "transformers",
+    "torchmetrics",
+    "jsonargparse",
+    "datasets",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "wandb",
+    "numpy",
+)
+
+_SECRET = re.compile(r"(^|[_.\-])(token|api_?key|secret|password)$", re.IGNORECASE)
+
+
+def new_run_folder(root: str | Path, experiment: str) -> Path:
+    """Path of a new run: ``<root>/<experiment>/<time>-<id>``. Processes that a run starts get the run's own.
+
+    Args:
+        root: Folder of all runs.
+        experiment: Name of the experiment.
+    """
+    inherited = os.environ.get(RUN_VARIABLE)
+    if inherited and "LOCAL_RANK" in os.environ:
+        return Path(inherited)
+    folder = Path(root) / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    os.environ[RUN_VARIABLE] = str(folder.absolute())
+    return folder.absolute()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, git revision and command line of this process; plain data, without secrets."""
+    import torch
+
+    return {
+        "command": redacted_command(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": git_revision(Path.cwd()),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def git_revision(folder: Path) -> dict[str, Any] | None:
+    """Commit of the working directory and whether it has uncommitted changes; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def redacted(config: Any) -> Any:
+    """A copy of a nested config in which the values of keys that name a secret are replaced by ``<redacted>``."""
+    if isinstance(config, dict):
+        return {
+            key: "<redacted>" if value is not None and _SECRET.search(str(key)) else redacted(value)
+            for key, value in config.items()
+        }
+    return [redacted(item) for item in config] if isinstance(config, list) else config
+
+
+def redacted_command(arguments: list[str]) -> str:
+    """A command line as one would type it, with the values of options that name a secret replaced."""
+    shown, hide_next = [], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if hide_next:
+            argument, hide_next = "<redacted>", False
+        elif name.startswith("--") and _SECRET.search(name):
+            argument, hide_next = f"{name}{equals}" + ("<redacted>" if equals else ""), not equals
+        shown.append(shlex.quote(argument) if argument != "<redacted>" else argument)
+    return " ".join(shown)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

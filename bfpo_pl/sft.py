@@ -1,0 +1,79 @@
+"""Supervised fine-tuning, the stage before: the same sources, templates, trainable parts and strategies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from bfpo_pl.batch import PairBatch
+from bfpo_pl.metrics import TokenMetrics
+from bfpo_pl.models.log_probs import AttentionBackend
+from bfpo_pl.models.sources import ModelSource
+from bfpo_pl.models.trainable import TrainablePart
+from bfpo_pl.schedules import Schedule
+from bfpo_pl.training import ResponseModule
+
+
+class SFTModule(ResponseModule):
+    """Trains a policy to give the responses of its data: mean negative log-likelihood per response token.
+
+    Args:
+        policy: Where the policy comes from.
+        trainable: What of the policy trains. Default: everything.
+        optimizer: Optimizer, called with the trainable parameters.
+        schedule: Learning-rate schedule. Default: warm-up over 10 % of the steps, then cosine to 0.
+        attention: How the network attends over prompts and responses. Default: `Padded`.
+        chunk_size: Response tokens that meet the vocabulary at once; fewer take less memory.
+        activation_checkpointing: Recomputes activations in the backward pass, for large models.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSource,
+        trainable: TrainablePart | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        attention: AttentionBackend | None = None,
+        chunk_size: int = 4096,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(policy, optimizer, schedule, trainable, attention, "sum", chunk_size, activation_checkpointing)
+        self._head_checked = False
+        self._train_metrics: TokenMetrics | None = None
+        self._val_metrics: TokenMetrics | None = None
+
+    def objective(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """The scalar loss, Σ over streams of weight · NLL / tokens, and the NLL of each response ``[R]``."""
+        nll = -self.log_probs_of(batch)
+        member = torch.nn.functional.one_hot(batch.response_stream, len(batch.streams)).T.to(nll.dtype)  # [K, R]
+        tokens = self.mean_over_ranks(member @ batch.response_lengths.to(nll.dtype))
+        loss = (batch.stream_weight.to(nll.dtype) * (member @ nll) / tokens.clamp(min=1e-12)).sum()
+        return loss, nll
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        if not self._head_checked:
+            self.check_head(batch)
+            self._head_checked = True
+        loss, nll = self.objective(batch)
+        self.watch_finite(loss, batch)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        if self._train_metrics is None:
+            self._train_metrics = TokenMetrics(batch.streams).to(self.device)
+        self._train_metrics.update(batch, nll)
+        return loss
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        if self._val_metrics is None:
+            self._val_metrics = TokenMetrics(batch.streams).to(self.device)
+        self._val_metrics.update(batch, self.objective(batch)[1])
+
+    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
+        if self._train_metrics is not None and self.should_log():
+            self.log_train(self._train_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        if self._val_metrics is not None:
+            self.log_validation(self._val_metrics)

@@ -1,0 +1,175 @@
+"""Common ground of supervised fine-tuning and preference training: the policy, its optimizer, its guards."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torchmetrics import Metric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bfpo_pl.batch import PairBatch
+from bfpo_pl.models.log_probs import METHODS, AttentionBackend, Padded, bind_log_probs
+from bfpo_pl.models.sharding import shard
+from bfpo_pl.models.sources import ModelSource
+from bfpo_pl.models.trainable import Everything, TrainablePart, parameter_counts
+from bfpo_pl.schedules import Schedule, WarmupCosine
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss was NaN or infinite; the update was not applied."""
+
+
+class HeadMismatchError(RuntimeError):
+    """The model's own logits differ from those that the log-probs are computed from."""
+
+
+class ResponseModule(LightningModule):
+    """Holds a policy and trains it on batches of responses; what the loss is, subclasses say.
+
+    No ``save_hyperparameters``: with it a checkpoint's arguments would silently override the command line.
+    """
+
+    policy: PreTrainedModel | None
+
+    def __init__(
+        self,
+        policy: ModelSource,
+        optimizer: OptimizerCallable,
+        schedule: Schedule | None,
+        trainable: TrainablePart | None,
+        attention: AttentionBackend | None,
+        logp_reduction: Literal["sum", "mean"],
+        chunk_size: int,
+        activation_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.source = policy
+        self.policy = None
+        self.optimizer = optimizer
+        self.schedule = schedule or WarmupCosine()
+        self.trainable = trainable or Everything()
+        self.attention = attention or Padded()
+        self.logp_reduction = logp_reduction
+        self.chunk_size = chunk_size
+        self.activation_checkpointing = activation_checkpointing
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._nonfinite: Tensor | None = None
+        self._window_origins: list[str] = []
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer, loaded once; it needs no weights."""
+        if self._tokenizer is None:
+            self._tokenizer = self.source.load_tokenizer()
+        return self._tokenizer
+
+    # ---- building -------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        self.source.check()
+
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        policy = self.source.load_model()
+        self.trainable.apply(policy)
+        if self.activation_checkpointing:
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            policy.enable_input_require_grads()
+        trained, total = parameter_counts(policy)
+        rank_zero_info(f"Policy {self.source}: {trained:,} of {total:,} parameters train ({trained / total:.1%}).")
+        self.place(policy)
+        policy.train()  # from_pretrained leaves eval mode, and Lightning keeps what it finds
+        self.policy = policy
+
+    def place(self, model: PreTrainedModel) -> None:
+        """Binds the log-prob method to a network and, under a sharding strategy, shards it."""
+        bind_log_probs(model, self.attention, self.logp_reduction, self.chunk_size)
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None:
+            shard(model, mesh, METHODS)
+
+    def configure_optimizers(self) -> Any:
+        assert self.policy is not None
+        optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)
+        scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+
+    def log_probs_of(self, batch: PairBatch) -> Tensor:
+        """``[R]``, log-probs of the responses under the policy."""
+        return self.policy.response_log_probs(batch)  # type: ignore[union-attr,operator]
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over processes, without a gradient; itself on one process or without a trainer."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return values
+        return self.trainer.strategy.reduce(values.detach().clone(), reduce_op="mean")  # type: ignore[return-value]
+
+    def check_head(self, batch: PairBatch) -> None:
+        """Compares the head's logits with the model's own on a few tokens, once.
+
+        Raises:
+            HeadMismatchError: They differ by more than rounding.
+        """
+        # Every rank takes the first tokens of its own batch: the same shape, so that sharded layers stay in step.
+        tokens = torch.nn.functional.pad(batch.tokens[:8], (0, max(0, 8 - len(batch.tokens))))
+        discrepancy = self.policy.head_discrepancy(tokens).item()  # type: ignore[union-attr,operator]
+        tolerance = 1e-3 if self.policy.dtype == torch.float32 and not torch.is_autocast_enabled() else 0.05  # type: ignore[union-attr]
+        if not discrepancy <= tolerance:
+            raise HeadMismatchError(
+                f"{type(self.policy).__name__} changes its logits after the output head in a way that bfpo_pl does not "
+                f"know (relative difference {discrepancy:.2g}). Its log-probs would be wrong, so the run stops."
+            )
+
+    def watch_finite(self, loss: Tensor, batch: PairBatch) -> None:
+        """Notes, without waiting for the device, whether a loss is finite, and whose rows it came from."""
+        bad = ~torch.isfinite(loss.detach())
+        self._nonfinite = bad if self._nonfinite is None else self._nonfinite | bad
+        self._window_origins.extend(batch.origins)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Reads the flag once an optimizer step, before the update applies.
+
+        Raises:
+            NonFiniteLossError: A loss of this window was not finite on some rank.
+        """
+        flag, origins = self._nonfinite, self._window_origins
+        self._nonfinite, self._window_origins = None, []
+        if flag is None:
+            return
+        anywhere = self.mean_over_ranks(flag.float())
+        if anywhere.item() > 0:
+            rows = ", ".join(origins) if bool(flag) else "none on this process; another one has them"
+            raise NonFiniteLossError(
+                f"The loss was NaN or infinite at optimizer step {self.trainer.global_step}; the update was not "
+                f"applied. Rows of this step: {rows}."
+            )
+
+    # ---- logging --------------------------------------------------------------------------------------------------
+
+    def should_log(self) -> bool:
+        """Whether the optimizer step that just ended is one to log, and has not been logged."""
+        step = self.trainer.global_step
+        every = self.trainer.log_every_n_steps
+        stepped = not self.trainer.fit_loop._should_accumulate()
+        return stepped and step > 0 and (step == 1 or step % every == 0)
+
+    def log_train(self, metric: Metric) -> None:
+        """Writes a training metric to all loggers at the current optimizer step and resets it. Called on every rank."""
+        values = {f"train/{name}": value for name, value in metric.compute().items()}
+        metric.reset()
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=self.trainer.global_step)
+
+    def log_validation(self, metric: Metric) -> None:
+        """Logs a validation metric for loggers, checkpoints and the progress bar, and resets it."""
+        for name, value in metric.compute().items():
+            self.log(f"val/{name}", value, rank_zero_only=False, prog_bar=name == "all/all/loss")
+        metric.reset()

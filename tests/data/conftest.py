@@ -1,0 +1,90 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+ZEPHYR = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+    "{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
+    "{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+TEXTS = [
+    "Open the window, please. How do I open a window in the morning?",
+    "I am sorry, but I can not help with that.\n\nInstead, here is another idea:\n1. Walk.\n2. Wait.",
+    "Grüße aus Köln: naïve café, 你好, مرحبا, 👍",
+]
+
+
+def byte_level(bos: str | None = "<s>", eos: str = "</s>") -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained here, as those of GPT-2, Llama 3 and Qwen are."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    specials = sorted({token for token in (bos, eos, "<|im_start|>", "<|im_end|>") if token})
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(TEXTS * 4, trainer)
+    if bos is not None:
+        core.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos)
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """A BPE tokenizer with byte fallback that puts a space before any text, as those of Llama 2 and Mistral do."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    core.train_from_iterator([*TEXTS, "<|user|> <|assistant|> <|system|>"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    return byte_level()
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data files; the test is skipped where it is absent."""
+    repository = Path(__file__).resolve().parents[2]
+    folder = Path(os.environ.get("BFPO_SHARED", repository.parent / "shared" / "data"))
+    folder = folder / "data" if (folder / "data" / "INDEX.md").is_file() else folder
+    if not (folder / "INDEX.md").is_file():
+        pytest.skip(f"the real data files are not at {folder} (set BFPO_SHARED)")
+    return folder
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """Writes rows to a file of JSON lines and returns its path."""
+
+    def write(rows, name="rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
