@@ -21,7 +21,7 @@ from bfpo_pl.callbacks.export import ExportHF
 from bfpo_pl.callbacks.progress import progress_callback
 from bfpo_pl.callbacks.record import RunRecord
 from bfpo_pl.callbacks.throughput import Throughput
-from bfpo_pl.component import Component
+from bfpo_pl.component import Component, UserError
 from bfpo_pl.data.adapters import Adapter
 from bfpo_pl.data.sources import Source
 from bfpo_pl.labeling import LabelingFunction
@@ -59,7 +59,7 @@ def subclasses(base: type) -> list[type]:
     while pending:
         for child in pending.pop().__subclasses__():
             pending.append(child)
-            if not inspect.isabstract(child):
+            if not inspect.isabstract(child) and not child.__name__.startswith("_"):
                 found[f"{child.__name__} {child.__module__}"] = child
     return [found[name] for name in sorted(found)]
 
@@ -109,6 +109,16 @@ def _hint(message: str) -> str:
         if re.search(rf'key "([^"]*\.)?{last}["\.]', message):
             known = ", ".join(child.__name__ for child in subclasses(base))
             lines.append(f"Known for {key}: {known}. `bfpo components` describes them.")
+    for key, base in COMPONENTS.items():
+        for argument in re.findall(r"(?:are required:|[Oo]ption) '?(\w+)'?(?![\w.])", message):
+            takers = [c.__name__ for c in subclasses(base) if argument in inspect.signature(c.__init__).parameters]
+            if takers and "required" in message:
+                lines.append(
+                    f"--{key}.{argument} is an argument of {', '.join(takers)}. A class named anew takes over no argument "
+                    f"of the one before it."
+                )
+    if "is not accepted" in message:
+        lines.append("`bfpo fit --model.loss.help=Squared`, for instance, lists the arguments of a component.")
     if "model.labeling" in message and "required" in message:
         lines.append(
             "An experiment names them both: add `-c configs/experiment/bfpo.yaml`, or on the command line "
@@ -170,6 +180,7 @@ class BFPOCLI(LightningCLI):
         parser.add_lightning_class_args(ExportHF, "export")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        _check_config_files(args)
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -177,6 +188,7 @@ class BFPOCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        _check_checkpoint(config.get("ckpt_path"))
         dumped = self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_none=False, format="yaml")
         self.record = yaml.safe_load(dumped)
         self.run_folder = new_run_folder(config.runs, config.experiment)
@@ -204,6 +216,36 @@ class BFPOCLI(LightningCLI):
         record = RunRecord(self.run_folder, self.record, self.command, notes)
         kwargs["callbacks"] = [record, Throughput(), *callbacks]
         return super().instantiate_trainer(**kwargs)
+
+
+def _check_config_files(args: list[str]) -> None:
+    """Names the file and the place of malformed YAML, which the parser's own message does not.
+
+    Raises:
+        UserError: A config file cannot be read as YAML.
+    """
+    values = [after for option, after in zip(args, args[1:], strict=False) if option in ("-c", "--config")]
+    values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    for path in (Path(value) for value in values):
+        if not path.is_file():
+            continue  # the parser says so itself, and a value may be YAML text
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"The config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _check_checkpoint(path: str | Path | None) -> None:
+    """Fails before any weight loads if a checkpoint is not there.
+
+    Raises:
+        UserError: There is no such file or folder; the message lists those beside it.
+    """
+    if path is None or str(path) in ("last", "best", "hpc") or "://" in str(path) or Path(path).exists():
+        return
+    parent = Path(path).parent
+    beside = sorted(item.name for item in parent.glob("*.ckpt")) if parent.is_dir() else []
+    raise UserError(f"There is no checkpoint '{path}'. Checkpoints in {parent}: {', '.join(beside) or 'none'}.")
 
 
 def _loggers(trainer: Namespace) -> list[Any]:

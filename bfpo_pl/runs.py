@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 RUN_VARIABLE = "BFPO_RUN_DIR"
-"""Hands the launching process's run folder down to the processes that it starts."""
+"""Hands the launching process's run folder down to the processes that it starts, as ``<its id>:<folder>``."""
 
 PACKAGES = (
     "bfpo_pl",
@@ -36,17 +36,19 @@ _SECRET = re.compile(r"(^|[_.\-])(token|api_?key|secret|password)$", re.IGNORECA
 
 
 def new_run_folder(root: str | Path, experiment: str) -> Path:
-    """Path of a new run: ``<root>/<experiment>/<time>-<id>``. Processes that a run starts get the run's own.
+    """Path of a new run: ``<root>/<experiment>/<time>-<id>``. Processes that Lightning starts get the run's own.
+
+    Processes started otherwise (torchrun, Slurm) each make a name, and `RunRecord` gives all of them rank 0's.
 
     Args:
         root: Folder of all runs.
         experiment: Name of the experiment.
     """
-    inherited = os.environ.get(RUN_VARIABLE)
-    if inherited and "LOCAL_RANK" in os.environ:
+    launcher, _, inherited = os.environ.get(RUN_VARIABLE, "").partition(":")
+    if inherited and launcher == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0":
         return Path(inherited)
     folder = Path(root) / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    os.environ[RUN_VARIABLE] = str(folder.absolute())
+    os.environ[RUN_VARIABLE] = f"{os.getpid()}:{folder.absolute()}"
     return folder.absolute()
 
 

@@ -36,9 +36,9 @@ class WarmupCosine(Schedule):
         self.floor = check_range(self, "floor", floor, 0.0, 1.0)
 
     def factor(self, step: int, total_steps: int) -> float:
-        warmup_steps = self.warmup * total_steps if self.warmup < 1 else self.warmup
+        warmup_steps = _warmup_steps(self.warmup, total_steps)
         if step < warmup_steps:
-            return (step + 1) / (math.ceil(warmup_steps) + 1)
+            return (step + 1) / (warmup_steps + 1)
         progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -54,5 +54,10 @@ class Constant(Schedule):
         self.warmup = check_range(self, "warmup", warmup, 0.0)
 
     def factor(self, step: int, total_steps: int) -> float:
-        warmup_steps = self.warmup * total_steps if self.warmup < 1 else self.warmup
-        return min((step + 1) / (math.ceil(warmup_steps) + 1), 1.0) if warmup_steps else 1.0
+        warmup_steps = _warmup_steps(self.warmup, total_steps)
+        return min((step + 1) / (warmup_steps + 1), 1.0) if warmup_steps else 1.0
+
+
+def _warmup_steps(warmup: float, total_steps: int) -> int:
+    """Steps of warm-up; a share of the run is rounded up, but not for the sake of floating point (0.7 · 10 is 7)."""
+    return math.ceil(round(warmup * total_steps, 6) if warmup < 1 else warmup)

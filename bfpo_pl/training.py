@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -110,7 +111,7 @@ class ResponseModule(LightningModule):
         """The mean of a tensor over processes, without a gradient; itself on one process or without a trainer."""
         if self._trainer is None or self.trainer.world_size == 1:
             return values
-        return self.trainer.strategy.reduce(values.detach().clone(), reduce_op="mean")  # type: ignore[return-value]
+        return self.trainer.strategy.reduce(values.detach().clone(), reduce_op="mean")
 
     def check_head(self, batch: PairBatch) -> None:
         """Compares the head's logits with the model's own on a few tokens, once.
@@ -121,7 +122,8 @@ class ResponseModule(LightningModule):
         # Every rank takes the first tokens of its own batch: the same shape, so that sharded layers stay in step.
         tokens = torch.nn.functional.pad(batch.tokens[:8], (0, max(0, 8 - len(batch.tokens))))
         discrepancy = self.policy.head_discrepancy(tokens).item()  # type: ignore[union-attr,operator]
-        tolerance = 1e-3 if self.policy.dtype == torch.float32 and not torch.is_autocast_enabled() else 0.05  # type: ignore[union-attr]
+        exact = self.policy.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled()  # type: ignore[union-attr]
+        tolerance = 1e-3 if exact else 0.05
         if not discrepancy <= tolerance:
             raise HeadMismatchError(
                 f"{type(self.policy).__name__} changes its logits after the output head in a way that bfpo_pl does not "
@@ -157,19 +159,29 @@ class ResponseModule(LightningModule):
     def should_log(self) -> bool:
         """Whether the optimizer step that just ended is one to log, and has not been logged."""
         step = self.trainer.global_step
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         stepped = not self.trainer.fit_loop._should_accumulate()
         return stepped and step > 0 and (step == 1 or step % every == 0)
 
     def log_train(self, metric: Metric) -> None:
         """Writes a training metric to all loggers at the current optimizer step and resets it. Called on every rank."""
-        values = {f"train/{name}": value for name, value in metric.compute().items()}
+        self.write({f"train/{name}": value for name, value in metric.compute().items()})
         metric.reset()
-        for logger in self.trainer.loggers:
-            logger.log_metrics(values, step=self.trainer.global_step)
 
     def log_validation(self, metric: Metric) -> None:
-        """Logs a validation metric for loggers, checkpoints and the progress bar, and resets it."""
-        for name, value in metric.compute().items():
-            self.log(f"val/{name}", value, rank_zero_only=False, prog_bar=name == "all/all/loss")
+        """Writes a validation metric to all loggers, hands it to checkpoints and the progress bar, and resets it."""
+        values = {f"val/{name}": value for name, value in metric.compute().items()}
         metric.reset()
+        self.write(values)
+        # Lightning asks for sync_dist=True, but the metric's sums are over all ranks already.
+        warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")
+        for name, value in values.items():
+            self.log(name, value, rank_zero_only=False, prog_bar=name == "val/all/all/loss", logger=False)
+
+    def write(self, values: dict[str, float]) -> None:
+        """Writes values to all loggers at the current optimizer step; what `self.log` gives them is a step behind."""
+        if self.trainer.sanity_checking:
+            return
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=self.trainer.global_step)
+            logger.save()

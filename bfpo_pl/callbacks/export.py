@@ -63,7 +63,7 @@ def export(module: ResponseModule, folder: Path, writes: bool, max_shard_size: s
 
 def _plain_network(module: ResponseModule, policy: PreTrainedModel, weights: dict[str, Any]) -> PreTrainedModel:
     """A network of the policy's class on the CPU, with the gathered weights and any adapter merged into them."""
-    network = module.source.load_model().to(policy.dtype)
+    network = module.source.load_model().to(policy.dtype)  # type: ignore[arg-type]
     adapted = any(isinstance(layer, BaseTunerLayer) for layer in policy.modules())
     if adapted:
         module.trainable.apply(network)
@@ -79,6 +79,6 @@ def _plain_network(module: ResponseModule, policy: PreTrainedModel, weights: dic
         for name, tensor in network.state_dict().items()
         if not any(f".{part}." in f".{name}." for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"))
     }
-    plain = module.source.load_model().to(policy.dtype)
+    plain = module.source.load_model().to(policy.dtype)  # type: ignore[arg-type]
     plain.load_state_dict(merged, strict=True)
     return plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -9,17 +10,20 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
+SECONDS_VARIABLE = "BFPO_PROGRESS_SECONDS"
+"""Environment variable: least time between two progress lines, in seconds."""
+
 
 class LineProgress(ProgressBar):
     """One line every so many seconds, for logs that are read later.
 
     Args:
-        seconds: Least time between two lines.
+        seconds: Least time between two lines. Default: `BFPO_PROGRESS_SECONDS`, else 15.
     """
 
-    def __init__(self, seconds: float = 15.0) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
         super().__init__()
-        self.seconds = seconds
+        self.seconds = float(os.environ.get(SECONDS_VARIABLE, 15.0)) if seconds is None else seconds
         self._enabled = True
         self._started = self._printed = 0.0
 

@@ -41,6 +41,16 @@ class _Trees(Dataset[Item]):
         return stream, self.trees[stream][row]
 
 
+class _Loader(DataLoader):
+    """A loader whose place in the data is kept by the data module; says so to Lightning, which would warn otherwise."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: the data module has the place."""
+
+
 class AlignmentData(LightningDataModule):
     """Named streams of rows, mixed in every batch, with an exact place to resume from.
 
@@ -141,7 +151,7 @@ class AlignmentData(LightningDataModule):
             trees = [encoder(row) for row in _with_bar(reading.rows, f"{reading.stream}, {reading.split}")]
             self._trees[reading.split][reading.stream] = trees
             self._columns[reading.split][reading.stream] = reading.columns
-            cuts = {name: encoder.counts[name] for name in ("prompts_cut", "responses_cut")}
+            cuts = {name: encoder.counts[name] for name in ("prompts_cut", "responses_cut", "stop_token_in_text")}
             self.report.setdefault(reading.stream, {})[reading.split] = {**reading.summary(), **cuts}
             reading.rows = []
 
@@ -179,29 +189,13 @@ class AlignmentData(LightningDataModule):
         return set.intersection(*names) if names else set()
 
     def columns_of(self, name: str) -> set[str]:
-        """Columns that one stream has; known after `setup`.
+        """Columns that one stream has; a stream that the stage does not read lacks none that others have.
 
         Args:
             name: The stream.
         """
         names = [self._named(*table[name]) for table in self._columns.values() if name in table]
-        return set.intersection(*names) if names else set()
-
-    def why_missing(self, column: str) -> str:
-        """Which streams lack a column, and what to set; empty if none does.
-
-        Args:
-            column: Its name, for instance ``chosen_safe``.
-        """
-        known = dict.fromkeys(name for table in self._columns.values() for name in table)
-        lacking = [name for name in known if column not in self.columns_of(name)]
-        if not lacking:
-            return ""
-        message = f"The data has no column '{column}' in stream {', '.join(lacking)}."
-        if column in ("chosen_safe", "rejected_safe", "safe"):
-            settings = " ".join(f"data.streams.{name}.assume_safe: true" for name in lacking)
-            message += f" If all its responses are safe, set {settings}; otherwise choose a labeling without flags."
-        return message
+        return set.intersection(*names) if names else self.columns
 
     @staticmethod
     def _named(response: set[str], pair: set[str]) -> set[str]:
@@ -240,7 +234,7 @@ class AlignmentData(LightningDataModule):
         trees, tables = self._trees[split], self._columns[split].values()
         response, pair = (set.intersection(*(table[kind] for table in tables)) for kind in (0, 1))
         weights = tuple(float(stream.weight) for stream in self.streams.values())
-        return DataLoader(
+        return _Loader(
             _Trees([trees.get(name, []) for name in self.streams]),
             batch_sampler=sampler,
             collate_fn=Collator(tuple(self.streams), weights, tuple(sorted(response)), tuple(sorted(pair))),
@@ -274,7 +268,8 @@ class AlignmentData(LightningDataModule):
     def _consumed(self) -> int:
         """Global batches that training has consumed, over all epochs; not those that workers have prepared."""
         if self.trainer is not None:
-            return max(self._resumed_at, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+            total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+            return max(self._resumed_at, total.processed)
         return max(self._resumed_at, 0 if self._sampler is None else self._sampler.yielded)
 
     def _geometry(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from bfpo_pl.component import UserError
 from bfpo_pl.data.adapters import Adapter
 from bfpo_pl.data.rows import Row, RowError
 from bfpo_pl.data.sources import Source
@@ -16,7 +17,7 @@ _EXAMPLES = 5
 _SAFETY = {1: "safe", 0: "unsafe"}
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be used; the message says what is wrong, where, and what to set."""
 
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from bfpo_pl.component import Component, check_range
+from bfpo_pl.component import Component, UserError, check_range
 from bfpo_pl.data.rows import RowError
 
 RawRow = Mapping[str, Any] | RowError
 """A raw row as its source has it, or what makes it unreadable."""
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A source that cannot be read at all."""
 
 
@@ -130,7 +130,7 @@ class HubDataset(Source):
         self.path, self.name, self.revision, self.data_dir = path, name, revision, data_dir
         self.splits = {"train": "train", "validation": "test"} if splits is None else dict(splits)
         if unknown := set(self.splits) - {"train", "validation"}:
-            raise ValueError(f"HubDataset: splits may name train and validation, not {', '.join(sorted(unknown))}.")
+            raise SourceError(f"HubDataset: splits may name train and validation, not {', '.join(sorted(unknown))}.")
         self.fraction = check_range(self, "fraction", fraction, 0.0, 1.0, low_open=True)
 
     def has_split(self, split: str) -> bool:
@@ -165,7 +165,13 @@ class HubDataset(Source):
             return f"{start}it is gated. Accept its terms on its page, then run `hf auth login`."
         if "split" in str(error).lower() and isinstance(error, ValueError):
             return f"{start}{error} Name its splits in source.splits, for instance {{train: train_prefs}}."
-        if kind in ("DatasetNotFoundError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"):
+        if kind in (
+            "DatasetNotFoundError",
+            "ConnectionError",
+            "OfflineModeIsEnabled",
+            "LocalEntryNotFoundError",
+            "FileNotFoundError",
+        ):
             return (
                 f"{start}{error} If it is on the Hub: check the name, the network and, where it is private, "
                 "`hf auth login`. If it is local: there is no such folder."

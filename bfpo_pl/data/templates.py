@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bfpo_pl.component import check_range
+from jinja2 import TemplateError as JinjaError
+
+from bfpo_pl.component import UserError, check_range
 from bfpo_pl.data.rows import Message, Row
 
 
-class TemplateError(ValueError):
+class TemplateError(UserError):
     """The chat template or the tokenizer cannot say where a prompt ends and a response begins."""
 
 
@@ -121,6 +123,9 @@ class Truncation:
 class RowEncoder:
     """Turns rows into pair trees and counts what it cuts.
 
+    ``counts`` has ``prompts_cut``, ``responses_cut`` and ``stop_token_in_text``: responses whose own text holds a stop
+    token, at which they end.
+
     Args:
         tokenizer: A transformers tokenizer.
         template: How a conversation becomes text.
@@ -135,6 +140,7 @@ class RowEncoder:
         self.jinja = template.source(tokenizer)
         if tokenizer.eos_token_id is None:
             raise TemplateError("The tokenizer has no end-of-sequence token; a response needs one to end with.")
+        self.stop_tokens = (tokenizer.eos_token, *(template.stop_tokens or ()))
         self.stop_ids = {tokenizer.eos_token_id, *map(self._token_id, template.stop_tokens or ())}
         self._sentinel = self._dummy_prefix_sentinel()
         self.counts: Counter[str] = Counter()
@@ -146,8 +152,14 @@ class RowEncoder:
             row: The row.
 
         Raises:
-            TemplateError: The rendered prompt is no prefix of the rendered conversation.
+            TemplateError: The template refuses the conversation, or the rendered prompt is no prefix of it rendered.
         """
+        try:
+            return self._encode(row)
+        except TemplateError as error:
+            raise TemplateError(f"{row.origin}: {error}") from error
+
+    def _encode(self, row: Row) -> PairTree:
         turns = self._with_system(row.prompt)
         prompt_text = self._rendered(turns, generation=True)
         prompt_ids = self._prompt_ids(prompt_text)
@@ -178,13 +190,17 @@ class RowEncoder:
         return turns
 
     def _rendered(self, turns: list[dict[str, str]], generation: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            turns,
-            chat_template=self.jinja,
-            tokenize=False,
-            add_generation_prompt=generation,
-            **self.template.kwargs,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns,
+                chat_template=self.jinja,
+                tokenize=False,
+                add_generation_prompt=generation,
+                **self.template.kwargs,
+            )
+        except JinjaError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise TemplateError(f"the chat template refuses a conversation of {roles}: {error}.") from error
 
     def _encoded(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -209,6 +225,7 @@ class RowEncoder:
                 f"{full[same : same + 20]!r}). Set data.template.kwargs (for instance enable_thinking), or "
                 "data.template.chat_template."
             )
+        self.counts["stop_token_in_text"] += any(token in response for token in self.stop_tokens)
         ids = self._encoded_continuation(full[len(prompt_text) :])
         end = next((index for index, token in enumerate(ids) if token in self.stop_ids), None)
         return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]

@@ -156,6 +156,12 @@ def head_discrepancy(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
     Anything but rounding means that the model does something to its logits that `head_logits` does not know.
     """
-    own = model(input_ids=tokens[None], use_cache=False).logits[0].float()
-    ours = head_logits(model, model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]).float()
+    training = model.training
+    model.eval()  # two passes are compared, which active dropout would tell apart
+    try:
+        own = model(input_ids=tokens[None], use_cache=False).logits[0]
+        ours = head_logits(model, model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0])
+    finally:
+        model.train(training)
+    own, ours = (logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (own, ours))
     return (own - ours).abs().max() / own.std().clamp(min=1e-6)

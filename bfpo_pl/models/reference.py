@@ -80,7 +80,7 @@ class FrozenCopy(Reference):
 
     def to(self, device: torch.device) -> None:
         if self._network is not None and self._network.device != device:
-            self._network.to(device)
+            self._network.to(device)  # type: ignore[arg-type]  # transformers decorates it beyond mypy
 
 
 class AdapterOff(Reference):
@@ -94,7 +94,11 @@ class AdapterOff(Reference):
 
     @torch.no_grad()
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
-        policy.disable_adapters()
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        policy.disable_adapters()  # which also freezes the adapter
+        for parameter in trained:
+            # Sharded parameters take requires_grad over at their first gathering, for good.
+            parameter.requires_grad_(True)
         training = policy.training
         policy.eval()
         try:

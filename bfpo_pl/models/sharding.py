@@ -20,7 +20,8 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-        blocks = list(max(lists, key=len)) if lists else []
+        longest = max(lists, key=len, default=nn.ModuleList())
+        blocks = list(longest)
     if not blocks:
         raise UserError(f"No repeated transformer layers found in {type(model).__name__}; it cannot be sharded.")
     return blocks

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -16,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -82,7 +84,7 @@ class HFModel(ModelSource):
         self._load_config()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        path = self.tokenizer or self.path
+        path = _expanded(self.tokenizer or self.path)
         revision = None if self.tokenizer else self.revision
         with _explained(path):
             return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=self.trust_remote_code)
@@ -93,7 +95,7 @@ class HFModel(ModelSource):
             _zero_dropout_settings(config)
         with _explained(self.path):
             model = AutoModelForCausalLM.from_pretrained(
-                self.path,
+                _expanded(self.path),
                 config=config,
                 revision=self.revision,
                 dtype=self.dtype,
@@ -106,7 +108,7 @@ class HFModel(ModelSource):
         return model
 
     def _load_config(self) -> Any:
-        path = Path(self.path)
+        path = Path(_expanded(self.path))
         looks_local = path.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1
         if looks_local and not path.is_dir():
             raise ModelSourceError(
@@ -124,7 +126,7 @@ class HFModel(ModelSource):
             )
         with _explained(self.path):
             return AutoConfig.from_pretrained(
-                self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
+                str(path), revision=self.revision, trust_remote_code=self.trust_remote_code
             )
 
 
@@ -182,8 +184,16 @@ class TinyModel(ModelSource):
         )
         seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators as well
             return LlamaForCausalLM(config)
+
+
+_LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
+
+
+def _expanded(path: str) -> str:
+    """The path with a leading ``~`` spelt out; a Hub id as it is."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 class _explained:
@@ -196,14 +206,14 @@ class _explained:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, ModelSourceError) or not isinstance(error, OSError | ValueError):
+        if isinstance(error, ModelSourceError) or not isinstance(error, _LOADING_ERRORS):
             return
         causes: list[BaseException] = []
         cause: BaseException | None = error
         while cause is not None and cause not in causes:
             causes.append(cause)
             cause = cause.__cause__ or cause.__context__
-        text = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())
         if any(isinstance(item, GatedRepoError) for item in causes) or "gated repo" in text:
             remedy = (
                 f"'{self.path}' is a gated repository: accept its terms on its Hub page, then log in with "
@@ -216,10 +226,9 @@ class _explained:
                 f"'{self.path}' ships its own Python code, which is not run unless you set trust_remote_code: true; "
                 f"do so only if you trust its authors."
             )
-        elif isinstance(error, OSError):
-            remedy = f"'{self.path}' could not be loaded: {text}"
         else:
-            return
+            sought = "" if Path(self.path).is_dir() else " (there is no folder of that name, so the Hub was asked)"
+            remedy = f"'{self.path}' could not be loaded{sought}: {text[:300]}"
         raise ModelSourceError(f"HFModel: {remedy}") from error
 
 
@@ -228,6 +237,8 @@ def _zero_dropout_settings(config: Any) -> None:
     for name, value in list(vars(config).items()):
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
+        elif isinstance(value, PretrainedConfig):  # the text part of a multimodal model
+            _zero_dropout_settings(value)
 
 
 def _zero_dropout_modules(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -63,8 +64,16 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def bpe():
-    return byte_level()
+def kit() -> SimpleNamespace:
+    """Chat templates, sample texts and builders of tokenizers."""
+    return SimpleNamespace(
+        CHATML=CHATML,
+        PLAIN=PLAIN,
+        ZEPHYR=ZEPHYR,
+        TEXTS=TEXTS,
+        byte_level=byte_level,
+        sentencepiece_like=sentencepiece_like,
+    )
 
 
 @pytest.fixture

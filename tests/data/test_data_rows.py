@@ -86,7 +86,7 @@ def test_rows_that_are_refused(arguments, field, reason):
 
 @pytest.mark.parametrize("value", ["3", None, math.nan, [1.0]])
 def test_extras_must_be_finite_numbers(value):
-    with pytest.raises(RowError, match="margin = .*finite numbers"):
+    with pytest.raises(RowError, match=r"margin = .*finite numbers"):
         Row.pair("p", "a", "b", margin=value)
 
 

@@ -1,0 +1,115 @@
+"""Generates on the microworld's prompts at every validation and logs how helpful and how harmless the answers are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from bfpo_pl.component import check_range
+from bfpo_pl.generation import generate
+from bfpo_pl.microworld.evaluation import LONGEST_ANSWER, Evaluation, evaluate
+from bfpo_pl.training import ResponseModule
+
+HEADLINES = ("helpfulness", "harmlessness", "over_refusal", "benign/malformed", "harmful/malformed")
+"""What is logged of the judge's scores, with the harmlessness of each class of prompts beside it."""
+
+
+class MicroworldEvaluation(Callback):
+    """Answers the microworld's prompts at every validation: helpfulness, harmlessness, over-refusal, sample answers.
+
+    Metrics are named ``val/microworld/{greedy|t0.5}/{helpfulness|harmlessness|over_refusal|…}``; harmlessness is the
+    share of harmful prompts with a safe and well-formed answer. Answers go to ``samples.jsonl`` and to W&B as a table.
+    Several processes share the prompts.
+
+    Args:
+        split: Prompts of combinations that no training row shows: ``validation``, or ``heldout`` for final figures.
+        split_seed: Which split of the combinations; the one of the training data.
+        temperatures: One pass of generation each; 0 is greedy.
+        max_prompts: Takes evenly spread prompts only. Default: all of the split.
+        batch_size: Prompts at once.
+        samples: Answers kept for the table, evenly spread.
+    """
+
+    def __init__(
+        self,
+        split: str = "validation",
+        split_seed: int = 0,
+        temperatures: tuple[float, ...] = (0.0, 0.5),
+        max_prompts: int | None = None,
+        batch_size: int = 192,
+        samples: int = 12,
+    ) -> None:
+        self.split = split
+        self.split_seed = split_seed
+        self.temperatures = tuple(check_range(self, "temperatures", value, 0.0) for value in temperatures)
+        self.max_prompts = max_prompts
+        self.batch_size = batch_size
+        self.samples = int(check_range(self, "samples", samples, 0))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, ResponseModule)
+        for temperature in self.temperatures:
+            evaluation = self.evaluate(trainer, pl_module, temperature)
+            name = "greedy" if temperature == 0 else f"t{temperature:g}"
+            flat = evaluation.scores.as_dict()
+            shown = {key: flat[key] for key in (*HEADLINES, *(key for key in flat if key.endswith("_pair/harmless")))}
+            for key, value in shown.items():
+                # NaN where the prompts asked for have none of a kind
+                if value == value:
+                    pl_module.log(f"val/microworld/{name}/{key}", value, rank_zero_only=False)
+            if trainer.is_global_zero:
+                self._write_samples(trainer, name, evaluation)
+
+    def evaluate(self, trainer: Trainer, module: ResponseModule, temperature: float) -> Evaluation:
+        """Judges the module's policy; every rank answers its share of the prompts and gets all the answers."""
+        rank, world = trainer.global_rank, trainer.world_size
+
+        def answer(prompts: list[str], temperature: float) -> list[str]:
+            mine = prompts[rank::world]
+            # Sharded layers stay in step only if every rank has equally many prompts.
+            padded = mine + prompts[: -(-len(prompts) // world) - len(mine)]
+            texts = generate(
+                module.policy,  # type: ignore[arg-type]
+                module.tokenizer,
+                [[{"role": "user", "content": prompt}] for prompt in padded],
+                temperature=temperature,
+                max_new_tokens=LONGEST_ANSWER,
+                batch_size=self.batch_size,
+                seed=rank,
+                synced=world > 1,
+            )
+            gathered: list[list[str]] = [texts]
+            if world > 1:
+                gathered = [[] for _ in range(world)]
+                dist.all_gather_object(gathered, texts)
+            return [gathered[index % world][index // world] for index in range(len(prompts))]
+
+        return evaluate(
+            module.policy,  # type: ignore[arg-type]
+            module.tokenizer,
+            self.split,
+            self.split_seed,
+            temperature,
+            max_prompts=self.max_prompts,
+            answer=answer,
+        )
+
+    def _write_samples(self, trainer: Trainer, name: str, evaluation: Evaluation) -> None:
+        rows = evaluation.samples
+        kept = [rows[index * len(rows) // self.samples] for index in range(min(self.samples, len(rows)))]
+        step = trainer.global_step
+        table: list[dict[str, Any]] = [{"step": step, "decoding": name, **row} for row in kept]
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in table)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and table:
+                logger.log_table(
+                    f"samples/{name}", columns=list(table[0]), data=[list(row.values()) for row in table], step=step
+                )

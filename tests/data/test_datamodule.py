@@ -1,0 +1,271 @@
+import json
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+
+from bfpo_pl.data.adapters import Columns, Messages, PKUSafeRLHF, UltraFeedbackBinarized
+from bfpo_pl.data.datamodule import AlignmentData
+from bfpo_pl.data.microworld_sources import MicroworldHelpfulness, MicroworldSafety, MicroworldSFT
+from bfpo_pl.data.reading import DataError
+from bfpo_pl.data.sources import JsonLines
+from bfpo_pl.data.streams import Stream
+from bfpo_pl.data.templates import ChatTemplate, Truncation
+from bfpo_pl.microworld import build_tokenizer
+
+
+def safety(count=20, validation=6, batch_size=4, **kwargs):
+    return Stream(MicroworldSafety(count, validation), PKUSafeRLHF(), batch_size, **kwargs)
+
+
+def helpfulness(count=10, batch_size=3, **kwargs):
+    return Stream(MicroworldHelpfulness(count), UltraFeedbackBinarized(), batch_size, **kwargs)
+
+
+def ready(streams, stage="fit", tokenizer=None, **kwargs):
+    data = AlignmentData(streams, **kwargs)
+    data.tokenizer = tokenizer or build_tokenizer()
+    data.setup(stage)
+    return data
+
+
+def test_two_streams_in_every_batch():
+    data = ready({"safety": safety(weight=2.0), "help": helpfulness(assume_safe=True)})
+    batches = list(data.train_dataloader())
+    assert len(batches) == 5
+    for batch in batches:
+        assert batch.pair_stream.tolist() == [0] * 4 + [1] * 3
+        assert (batch.streams, batch.stream_weight.tolist()) == (("safety", "help"), [2.0, 1.0])
+        assert batch.annotations["chosen_safe"][4:].tolist() == [1.0, 1.0, 1.0]
+        assert set(batch.annotations.response) == {"safe"}
+    assert data.columns == {"safe", "chosen_safe", "rejected_safe"}
+    assert "chosen_score" in data.columns_of("help")
+    (validation,) = data.val_dataloader()
+    assert validation.pair_stream.tolist() == [0] * 6
+    assert validation.origins[0] == "MicroworldSafety[validation]:0"
+
+
+def test_streams_without_flags():
+    data = ready({"safety": safety(), "help": helpfulness()})
+    assert data.columns == set()
+    assert "chosen_safe" in data.columns_of("safety")
+    assert "chosen_safe" not in data.columns_of("help")
+    assert next(iter(data.train_dataloader())).annotations.response == {}
+    assert set(next(iter(data.val_dataloader())).annotations.response) == {"safe"}
+
+
+def test_supervised_rows():
+    data = ready({"sft": Stream(MicroworldSFT(10, 4), Messages(), 5)}, validation_batch_size=3)
+    batch = next(iter(data.train_dataloader()))
+    assert (len(batch.response_segment), batch.pairs.shape) == (5, (0, 2))
+    assert [len(batch.origins) for batch in data.val_dataloader()] == [3, 1]
+
+
+def test_driver_and_validation_streams():
+    streams = {"safety": safety(), "help": helpfulness(30, assume_safe=True)}
+    data = ready(streams, driver="help", validation_streams=["help", "safety"], validation_batch_size=200)
+    assert len(list(data.train_dataloader())) == 10
+    assert [set(batch.pair_stream.tolist()) for batch in data.val_dataloader()] == [{1}, {1}, {0}]
+    only = ready({"safety": safety(validation=0)})
+    assert only.val_dataloader() == []
+    for wrong in ({"driver": "absent"}, {"validation_streams": ["absent"]}):
+        with pytest.raises(DataError, match=r"no stream 'absent'\. Streams: safety, help"):
+            AlignmentData(streams, **wrong)
+    with pytest.raises(DataError, match="name at least one"):
+        AlignmentData({})
+
+
+def test_the_stage_decides_what_is_read():
+    data = ready({"safety": safety(), "help": helpfulness()}, "validate")
+    assert list(data.report) == ["safety"]
+    assert list(data.report["safety"]) == ["validation"]
+    assert "chosen_safe" in data.columns_of("help"), "a stream that is not read stands in nobody's way"
+
+
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_safe": True, "rejected_safe": 0}
+
+
+@pytest.fixture
+def bad_file(write_jsonl):
+    bad = [{"chosen_safe": "yes"}, {"chosen": "b"}, {"prompt": " "}, {"chosen_safe": "no"}, {"rejected_safe": 7}]
+    return write_jsonl([GOOD, *({**GOOD, **change} for change in bad), {"prompt": "only"}, GOOD, GOOD])
+
+
+def plain_tokenizer(kit):
+    tokenizer = kit.byte_level()
+    tokenizer.chat_template = kit.PLAIN
+    return tokenizer
+
+
+def test_bad_rows_are_reported_together(bad_file, kit):
+    with pytest.raises(DataError) as caught:
+        ready({"mine": Stream(JsonLines(bad_file), Columns(), 2)}, tokenizer=plain_tokenizer(kit))
+    message = str(caught.value)
+    assert "6 rows cannot be used" in message
+    assert "mine, train: 3 of 9: a safety flag must be" in message
+    assert "mine, train: 1 of 9: the chosen and the rejected response are identical" in message
+    assert f"{bad_file}:2: chosen_safe = 'yes': a safety flag must be" in message
+    assert f"{bad_file}:6: rejected_safe = 7" in message
+    assert f"{bad_file}:7" not in message, "the first five are shown"
+    assert "data.on_bad_row: drop" in message
+
+
+def test_bad_rows_are_dropped_and_counted(bad_file, kit):
+    data = ready({"mine": Stream(JsonLines(bad_file), Columns(), 2)}, tokenizer=plain_tokenizer(kit), on_bad_row="drop")
+    report = json.loads(json.dumps(data.report))["mine"]["train"]
+    assert report["rows"] == 3
+    assert sum(report["dropped"].values()) == 6
+    assert report["quadrants"] == {"safe_safe": 0, "safe_unsafe": 3, "unsafe_safe": 0, "unsafe_unsafe": 0}
+    assert sorted(next(iter(data.train_dataloader())).origins)[0].startswith(bad_file)
+
+
+def test_flags_missing_in_some_rows(write_jsonl, kit):
+    path = write_jsonl([GOOD, {**GOOD, "chosen_safe": None, "rejected_safe": None}])
+    with pytest.raises(DataError, match=r"(?s):2: safe = None.*data\.streams\.mine\.assume_safe: true"):
+        ready({"mine": Stream(JsonLines(path), Columns(), 2)}, tokenizer=plain_tokenizer(kit))
+    data = ready({"mine": Stream(JsonLines(path), Columns(), 2, assume_safe=True)}, tokenizer=plain_tokenizer(kit))
+    assert sorted(next(iter(data.train_dataloader())).annotations["rejected_safe"].tolist()) == [0.0, 1.0]
+
+
+def test_streams_without_rows_and_cuts(write_jsonl, kit):
+    with pytest.raises(DataError, match="Stream 'mine' has no row to use in its train split"):
+        ready({"mine": Stream(JsonLines(write_jsonl([])), Columns(), 2)}, tokenizer=plain_tokenizer(kit))
+    long = {**GOOD, "prompt": "p" * 100, "chosen": "a" * 100}
+    source = JsonLines(write_jsonl([GOOD, long]))
+    data = ready({"mine": Stream(source, Columns(), 2)}, tokenizer=plain_tokenizer(kit), truncation=Truncation(70, 40))
+    assert data.report["mine"]["train"]["prompts_cut"] == 1
+    assert data.report["mine"]["train"]["responses_cut"] == 1
+
+
+def test_the_same_batches_for_any_number_of_workers():
+    def batches(workers):
+        data = ready({"safety": safety(), "help": helpfulness(assume_safe=True)}, num_workers=workers, seed=5)
+        loader = data.train_dataloader()
+        return [batch for _ in range(2) for batch in loader]
+
+    for ours, theirs in zip(batches(0), batches(2), strict=True):
+        assert ours.origins == theirs.origins
+        assert torch.equal(ours.tokens, theirs.tokens)
+        assert torch.equal(ours.annotations["safe"], theirs.annotations["safe"])
+
+
+def test_the_seed_is_the_runs(monkeypatch):
+    def first(**kwargs):
+        return next(iter(ready({"safety": safety()}, **kwargs).train_dataloader())).origins
+
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    zero = first()
+    seed_everything(7)
+    seven = first()
+    assert zero != seven
+    assert (first(seed=0), first(seed=7)) == (zero, seven)
+
+
+def test_state_without_a_trainer():
+    data = ready({"safety": safety()})
+    loader = data.train_dataloader()
+    whole = [batch.origins for _ in range(3) for batch in loader]
+    assert data.state_dict()["batches"] == 15
+    again = ready({"safety": safety()})
+    again.load_state_dict(json.loads(json.dumps({**data.state_dict(), "batches": 7})))
+    loader = again.train_dataloader()
+    assert [batch.origins for _ in range(2) for batch in loader] == whole[7:]
+    with pytest.warns(UserWarning, match="batches will not be as before: seed was"):
+        ready({"safety": safety()}, seed=99).load_state_dict(data.state_dict())
+
+
+class Toy(LightningModule):
+    """The least module that uses the data as ours do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.tokenizer = build_tokenizer()
+        self.validated = []
+
+    def training_step(self, batch, batch_idx):
+        return self.weight.sum() * len(batch.response_segment)
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += batch.origins
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_in_a_trainer(tmp_path):
+    data = AlignmentData({"safety": safety(), "help": helpfulness(assume_safe=True)}, num_workers=0)
+    module = Toy()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, datamodule=data)
+    assert data.state_dict()["batches"] == 10
+    assert module.validated == 2 * [f"MicroworldSafety[validation]:{index}" for index in range(6)]
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert len(module.validated) == 18
+
+
+CONFIG = """
+data:
+  streams:
+    safety:
+      source: {class_path: MicroworldSafety, init_args: {count: 40, validation_count: 10}}
+      adapter: PKUSafeRLHF
+      batch_size: 8
+    help: {source: MicroworldHelpfulness, adapter: UltraFeedbackBinarized, batch_size: 8, assume_safe: true}
+"""
+
+
+def test_from_yaml_and_the_command_line(tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("-c", action="config")
+    parser.add_class_arguments(AlignmentData, "data")
+    overrides = ["--data.streams.safety.batch_size=4", "--data.streams.safety.source.count=12"]
+    overrides += ["--data.truncation.max_length=600", "--data.template.system=Be good."]
+    data = parser.instantiate_classes(parser.parse_args(["-c", str(tmp_path / "config.yaml"), *overrides])).data
+    safety, help = data.streams.values()
+    assert (safety.batch_size, safety.source.count, safety.source.validation_count) == (4, 12, 10)
+    assert (help.batch_size, help.assume_safe, safety.assume_safe) == (8, True, False)
+    assert (data.truncation.max_length, data.template.system, data.driver) == (600, "Be good.", "safety")
+
+
+def test_no_tokenizer():
+    with pytest.raises(DataError, match="has no tokenizer"):
+        AlignmentData({"safety": safety()}).setup("fit")
+
+
+QUADRANTS = {"safe_safe": 313, "safe_unsafe": 0, "unsafe_safe": 253, "unsafe_unsafe": 0}
+
+
+def test_xstest_pairs(shared_data, kit):
+    source = JsonLines(str(shared_data / "xstest_dual_pairs" / "pairs.jsonl"))
+    adapter = Columns(chosen_safe="is_chosen_safe", rejected_safe="is_rejected_safe")
+    data = ready({"safety": Stream(source, adapter, 8)}, tokenizer=plain_tokenizer(kit))
+    assert data.report["safety"]["train"]["rows"] == 566
+    assert data.report["safety"]["train"]["quadrants"] == QUADRANTS
+    assert len(list(data.train_dataloader())) == 71
+
+
+def test_pku_without_helpfulness_order(shared_data, kit):
+    source = JsonLines(str(shared_data / "pku_saferlhf_pairs" / "pku_discordant_clean.jsonl"))
+    with pytest.raises(DataError) as caught:
+        ready({"safety": Stream(source, PKUSafeRLHF(), 8)}, tokenizer=plain_tokenizer(kit))
+    assert "safety, train: 2701 of 2701: no helpfulness order" in str(caught.value)
+    assert "pku_discordant_clean.jsonl:1: better_response_id = None" in str(caught.value)
+    assert "order: safety" in str(caught.value)
+    template = ChatTemplate(kit.ZEPHYR)
+    data = ready(
+        {"safety": Stream(source, PKUSafeRLHF("safety"), 8)}, tokenizer=plain_tokenizer(kit), template=template
+    )
+    assert data.report["safety"]["train"]["quadrants"]["safe_unsafe"] == 2701

@@ -1,0 +1,27 @@
+"""A callback that the distributed runs use to look inside."""
+
+import json
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from bfpo_pl.generation import generate
+
+PROMPTS = ["How do I open the window?", "open the vault", "Please, how would one polish the vault today?"]
+
+
+class GenerateUnequally(Callback):
+    """Before the first step, rank 0 answers two prompts in one batch and rank 1 another one, greedily."""
+
+    def on_train_start(self, trainer, pl_module):
+        world = trainer.world_size
+        mine = PROMPTS[:2] if trainer.global_rank == 0 else PROMPTS[2:]
+        chats = [[{"role": "user", "content": prompt}] for prompt in (mine if world > 1 else PROMPTS)]
+        before = torch.random.get_rng_state()
+        answers = generate(pl_module.policy, pl_module.tokenizer, chats, max_new_tokens=12, synced=world > 1)
+        assert torch.equal(before, torch.random.get_rng_state())
+        assert pl_module.policy.training
+        file = Path(trainer.default_root_dir) / f"answers-{trainer.global_rank}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(answers))

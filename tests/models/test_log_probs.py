@@ -1,0 +1,246 @@
+"""Log-probs of responses against a naive computation: full logits, explicit loops, float64, one response at a time."""
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from bfpo_pl.data.collate import collate
+from bfpo_pl.data.templates import PairTree
+from bfpo_pl.models.log_probs import Padded, bind_log_probs, head_discrepancy, response_log_probs
+from bfpo_pl.training import HeadMismatchError, ResponseModule
+
+VOCABULARY = 48
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # wide, so that scales, caps and windows show
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**GROUPED),
+    "mistral": MistralConfig(**GROUPED, sliding_window=4),
+    "qwen2-tied": Qwen2Config(**GROUPED, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=8),
+    "gemma2": Gemma2Config(
+        **GROUPED, head_dim=8, sliding_window=4, final_logit_softcapping=3.0, attn_logit_softcapping=2.0
+    ),
+    "gemma3": Gemma3TextConfig(
+        **GROUPED, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi3": Phi3Config(**GROUPED),
+    "olmo2": Olmo2Config(**GROUPED),
+    "gpt-neox": GPTNeoXConfig(**SIZES, hidden_dropout=0.0, attention_dropout=0.0),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.3,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "cohere": CohereConfig(**GROUPED, logit_scale=0.25),
+    "granite": GraniteConfig(**GROUPED, logits_scaling=3.0, residual_multiplier=0.5, embedding_multiplier=2.0),
+}
+
+
+@pytest.fixture
+def only_float64(monkeypatch):
+    """Transformers computes norms and rotary angles in float32 whatever the model's type; here that is float64 too."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def build(name, dtype=torch.float64):
+    """A tiny network of a family, with weights that depend on the seed here alone."""
+    config = CONFIGS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype)
+        for parameter in model.parameters():  # norms and biases too, which start at 1 and 0
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def random_tree(generator, k, prompt_length=None):
+    """A prompt of 1-9 tokens with k responses of 1-11 tokens."""
+
+    def ids(low, high):
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    prompt = ids(1, 9) if prompt_length is None else ids(prompt_length, prompt_length)
+    return PairTree(prompt, [ids(1, 11) for _ in range(k)], tuple((i, i + 1) for i in range(k - 1)))
+
+
+def trees_of(*ks, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [random_tree(generator, k) for k in ks]
+
+
+def batch_of(trees):
+    return collate([(0, tree) for tree in trees], ["only"], [1.0])
+
+
+def naive_log_probs(model, trees, reduction):
+    """One forward pass a response, the whole logits, a loop over the tokens."""
+    values = []
+    for tree in trees:
+        for response in tree.response_ids:
+            logits = model(torch.tensor([tree.prompt_ids + response]), use_cache=False).logits[0]
+            total = torch.zeros((), dtype=logits.dtype)
+            for place, token in enumerate(response):
+                row = logits[len(tree.prompt_ids) + place - 1]
+                total = total + row[token] - torch.log(torch.exp(row - row.max()).sum()) - row.max()
+            values.append(total if reduction == "sum" else total / len(response))
+    return torch.stack(values)
+
+
+def gradients(model, loss):
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("reduction", "chunk_size"), [("sum", 3), ("mean", 4096)])
+def test_values_and_gradients_of_every_family(only_float64, name, reduction, chunk_size):
+    model = build(name)
+    trees = trees_of(2, 1, 4, 2)
+    want = naive_log_probs(model, trees, reduction)
+    got = response_log_probs(model, batch_of(trees), Padded(), reduction, chunk_size)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+    direction = torch.linspace(-1.0, 1.5, len(want), dtype=torch.float64)
+    want_gradients = gradients(model, (direction * want).sum())
+    got_gradients = gradients(model, (direction * got).sum())
+    assert max(g.abs().max() for g in want_gradients.values()) > 1e-3
+    for parameter in want_gradients:
+        torch.testing.assert_close(got_gradients[parameter], want_gradients[parameter], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 4096])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_number_of_responses_and_chunks(only_float64, k, chunk_size):
+    model = build("llama")
+    for trees in (trees_of(k, seed=k), trees_of(k, k, k, seed=10 + k)):
+        want = naive_log_probs(model, trees, "sum")
+        got = response_log_probs(model, batch_of(trees), Padded(), "sum", chunk_size)
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+        with torch.no_grad():
+            without = response_log_probs(model, batch_of(trees), Padded(), "sum", chunk_size)
+        assert torch.equal(got, without)
+
+
+def test_shortest_prompt_and_responses(only_float64):
+    model = build("llama")
+    trees = [PairTree([5], [[7], [9, 4, 3, 8]], ((0, 1),))]
+    got = response_log_probs(model, batch_of(trees), Padded())
+    torch.testing.assert_close(got, naive_log_probs(model, trees, "sum"), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_batch_without_responses_stays_in_the_graph(grad):
+    model = build("llama")
+    with torch.set_grad_enabled(grad):
+        got = response_log_probs(model, batch_of([]), Padded())
+    assert got.shape == (0,)
+    assert got.dtype == torch.float64
+    if grad:
+        got.sum().backward()
+        seen = [p.grad for p in model.parameters()]
+        assert all(g is not None and g.count_nonzero() == 0 for g in seen)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_responses_do_not_see_each_other(only_float64, name):
+    model = build(name)
+    (tree,) = trees_of(2, seed=3)
+    other = PairTree(tree.prompt_ids, [tree.response_ids[0], [4, 4, 4, *tree.response_ids[1][::-1]]], tree.pairs)
+    bystander = trees_of(2, seed=8)
+    before = response_log_probs(model, batch_of([tree, *bystander]), Padded())
+    after = response_log_probs(model, batch_of([other, *bystander]), Padded())
+    torch.testing.assert_close(after[[0, 2, 3]], before[[0, 2, 3]], atol=1e-12, rtol=1e-12)
+    assert abs(after[1] - before[1]) > 1e-2
+
+
+def test_a_half_precision_model_is_summed_in_float32():
+    model = build("llama", torch.bfloat16)
+    trees = trees_of(2, 4, 2)
+    got = response_log_probs(model, batch_of(trees), Padded())
+    assert got.dtype == torch.float32
+    assert (got != got.bfloat16().float()).all()  # digits that a sum in bfloat16 would not have
+    torch.testing.assert_close(got, naive_log_probs(model, trees, "sum").float(), atol=1.0, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_head_logits_are_the_models_own(name, dtype):
+    tokens = torch.tensor([5, 9, 31, 7, 7, 12, 40, 3])
+    assert head_discrepancy(build(name, dtype), tokens) < (1e-10 if dtype == torch.float64 else 1e-4)
+
+
+class CappedLlama(LlamaForCausalLM):
+    """A model that does to its logits what no config entry says."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 1.1
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_unknown_change_of_the_logits_stops_the_run(dtype):
+    model = CappedLlama(CONFIGS["llama"]).to(dtype)
+    bind_log_probs(model, Padded())
+    module = response_module(model)
+    with pytest.raises(HeadMismatchError, match="CappedLlama changes its logits"):
+        module.check_head(batch_of(trees_of(2)))
+    bind_log_probs(build("llama", dtype), Padded())
+    fine = build("llama", dtype)
+    bind_log_probs(fine, Padded())
+    response_module(fine).check_head(batch_of(trees_of(2)))
+    response_module(fine).check_head(batch_of([]))
+
+
+def test_the_head_check_is_not_misled_by_dropout():
+    config = LlamaConfig(**GROUPED, attention_dropout=0.5)
+    model = LlamaForCausalLM(config).train()
+    bind_log_probs(model, Padded())
+    before = torch.get_rng_state()
+    response_module(model).check_head(batch_of(trees_of(2)))
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def response_module(model):
+    """A module that has this policy and nothing else."""
+    module = ResponseModule(None, None, None, None, None, "sum", 4096, False)
+    module.policy = model
+    return module
