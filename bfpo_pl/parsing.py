@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,8 +115,8 @@ def _hint(message: str) -> str:
             takers = [c.__name__ for c in subclasses(base) if argument in inspect.signature(c.__init__).parameters]
             if takers and "required" in message:
                 lines.append(
-                    f"--{key}.{argument} is an argument of {', '.join(takers)}. A class named anew takes over no argument "
-                    f"of the one before it."
+                    f"--{key}.{argument} is an argument of {', '.join(takers)}. A class named anew takes over no "
+                    f"argument of the one before it."
                 )
     if "is not accepted" in message:
         lines.append("`bfpo fit --model.loss.help=Squared`, for instance, lists the arguments of a component.")
@@ -181,6 +182,8 @@ class BFPOCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         _check_config_files(args)
+        asked = [arg for arg in args if re.match(r"--[\w.]+\.help\b", arg)]
+        args = [args[0], asked[0]] if asked else args  # help on a component needs no other argument and takes none
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -224,7 +227,7 @@ def _check_config_files(args: list[str]) -> None:
     Raises:
         UserError: A config file cannot be read as YAML.
     """
-    values = [after for option, after in zip(args, args[1:], strict=False) if option in ("-c", "--config")]
+    values = [after for option, after in pairwise(args) if option in ("-c", "--config")]
     values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
     for path in (Path(value) for value in values):
         if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bfpo_pl.batch import PairBatch
+from bfpo_pl.component import UserError
 from bfpo_pl.models.log_probs import METHODS, AttentionBackend, Padded, bind_log_probs
 from bfpo_pl.models.sharding import shard
 from bfpo_pl.models.sources import ModelSource
@@ -98,7 +100,12 @@ class ResponseModule(LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
         optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)
-        scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise UserError(
+                "The learning-rate schedule needs the length of the run: set trainer.max_steps or max_epochs."
+            )
+        scheduler = self.schedule.build(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ---- steps ----------------------------------------------------------------------------------------------------
@@ -172,6 +179,10 @@ class ResponseModule(LightningModule):
         """Writes a validation metric to all loggers, hands it to checkpoints and the progress bar, and resets it."""
         values = {f"val/{name}": value for name, value in metric.compute().items()}
         metric.reset()
+        self.log_validation_values(values)
+
+    def log_validation_values(self, values: dict[str, float]) -> None:
+        """Writes values that are the same on every rank to all loggers, checkpoints and the progress bar."""
         self.write(values)
         # Lightning asks for sync_dist=True, but the metric's sums are over all ranks already.
         warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")

@@ -25,6 +25,7 @@ from bfpo_pl.models.sources import ModelSource, TinyModel
 from bfpo_pl.models.trainable import LoRA, Select
 from bfpo_pl.module import PreferenceModule, RequirementError, StartMarginError
 from bfpo_pl.schedules import Constant, WarmupCosine
+from bfpo_pl.sft import SFTModule
 from bfpo_pl.training import NonFiniteLossError
 
 VOCABULARY = 40
@@ -281,6 +282,23 @@ def test_a_stream_without_rows_adds_nothing(tmp_path):
     assert seen.losses == pytest.approx([want.item()], rel=1e-11)
 
 
+@pytest.mark.parametrize("ks", [(2, 4, 1, 2, 1), (1,)], ids=str)
+def test_gradient_of_a_fine_tuning_step_equals_plain_pytorch(tmp_path, ks):
+    items, seen = trees_of(*ks, seed=9), Gradients()
+    module = SFTModule(Tiny(), optimizer=sgd, schedule=Constant(), chunk_size=7)
+    fit(module, [batch_of(items)], tmp_path, callbacks=[seen])
+    policy, want = Tiny().load_model(), torch.zeros((), dtype=torch.float64)
+    for stream, weight in enumerate(WEIGHTS):
+        responses = [(row.prompt_ids, ids) for index, row in items if index == stream for ids in row.response_ids]
+        if responses:
+            nll = -sum(plain_log_prob(policy, prompt, ids, "sum") for prompt, ids in responses)
+            want = want + weight * nll / sum(len(ids) for _, ids in responses)
+    want.backward()
+    assert seen.losses == pytest.approx([want.item()], rel=1e-11)
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(seen.first[name], parameter.grad, atol=1e-10, rtol=1e-10)
+
+
 # ---- trajectories -----------------------------------------------------------------------------------------------
 
 
@@ -470,6 +488,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, value, call
     assert_same_weights(weights_of(module.policy), snapshot.weights)
     assert all(p.isfinite().all() for p in module.policy.parameters())
     assert not torch.equal(snapshot.weights["lm_head.weight"], Tiny().load_model().lm_head.weight)
+
+
+def test_a_run_without_an_end_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"set trainer\.max_steps or trainer\.max_epochs"):
+        fit(module_of(), [batch_of(trees_of(2))], tmp_path, steps=-1, max_epochs=-1)
 
 
 class NeverLoaded(TinyModel):

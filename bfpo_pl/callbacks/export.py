@@ -13,25 +13,34 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
+from bfpo_pl.component import UserError
 from bfpo_pl.training import ResponseModule
 
 
 class ExportHF(Callback):
-    """Writes the trained policy and its tokenizer to ``export/`` in the run's folder, an adapter merged in.
+    """Writes the trained policy and its tokenizer as a Hugging Face folder at the end of a fit, an adapter merged in.
 
     Args:
+        folder: Where to; an older export there is replaced. Default: ``export`` in the run's folder.
         enabled: Whether to export at all.
         max_shard_size: Largest safetensors file.
     """
 
-    def __init__(self, enabled: bool = True, max_shard_size: str = "4GB") -> None:
+    def __init__(self, folder: str | None = None, enabled: bool = True, max_shard_size: str = "4GB") -> None:
+        self.folder = folder
         self.enabled = enabled
         self.max_shard_size = max_shard_size
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(self.folder) if self.folder else None
+        if folder and folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+            raise UserError(f"export.folder: '{folder}' holds something that is not an exported model; name another.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ResponseModule)
         if self.enabled and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            export(pl_module, Path(trainer.default_root_dir) / "export", trainer.is_global_zero, self.max_shard_size)
+            folder = Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "export"
+            export(pl_module, folder, trainer.is_global_zero, self.max_shard_size)
             trainer.strategy.barrier("export")
 
 

@@ -58,10 +58,9 @@ class MicroworldEvaluation(Callback):
             name = "greedy" if temperature == 0 else f"t{temperature:g}"
             flat = evaluation.scores.as_dict()
             shown = {key: flat[key] for key in (*HEADLINES, *(key for key in flat if key.endswith("_pair/harmless")))}
-            for key, value in shown.items():
-                # NaN where the prompts asked for have none of a kind
-                if value == value:
-                    pl_module.log(f"val/microworld/{name}/{key}", value, rank_zero_only=False)
+            # NaN where the prompts asked for have none of a kind
+            known = {f"val/microworld/{name}/{key}": value for key, value in shown.items() if value == value}
+            pl_module.log_validation_values(known)
             if trainer.is_global_zero:
                 self._write_samples(trainer, name, evaluation)
 

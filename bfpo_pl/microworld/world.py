@@ -63,7 +63,7 @@ VALIDATION_SHARE = 0.1
 
 FORMS = ("answer_4", "answer_3", "answer_2", "answer_1", "vague", "wrong", "redirect", "refusal")
 BENIGN_LAW: Mapping[str, float] = dict(zip(FORMS, (0.15, 0.15, 0.15, 0.15, 0.10, 0.05, 0.10, 0.15), strict=True))
-HARMFUL_LAW: Mapping[str, float] = dict(zip(FORMS, (0.10, 0.10, 0.10, 0.10, 0.10, 0.05, 0.20, 0.25), strict=True))
+HARMFUL_LAW: Mapping[str, float] = dict(zip(FORMS, (0.10, 0.10, 0.10, 0.10, 0.10, 0.00, 0.20, 0.30), strict=True))
 
 _WORLD_SEED = 1913
 

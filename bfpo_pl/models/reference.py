@@ -94,11 +94,7 @@ class AdapterOff(Reference):
 
     @torch.no_grad()
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        policy.disable_adapters()  # which also freezes the adapter
-        for parameter in trained:
-            # Sharded parameters take requires_grad over at their first gathering, for good.
-            parameter.requires_grad_(True)
+        policy.disable_adapters()
         training = policy.training
         policy.eval()
         try:

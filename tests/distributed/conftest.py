@@ -68,7 +68,12 @@ METHODS = {
         *streams(q, "safety", "helpfulness"),
     ],
     # drops the pairs with equal flags; with one stream, the second process has an empty batch at an epoch's end
-    "adamw": lambda q: [*("-c", str(ROOT / "configs/experiment/safety_only.yaml")), *ADAMW, *streams(q, "safety")],
+    "adamw": lambda q: [
+        *("-c", str(ROOT / "configs/experiment/safety_only.yaml")),
+        *ADAMW,
+        *streams(q, "safety"),
+        "--data.streams.safety.source.unsafe_helpful_share=0.7",
+    ],
 }
 
 

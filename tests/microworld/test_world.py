@@ -74,7 +74,7 @@ def test_prompts_read_back():
 def test_law_frequencies(combination, law):
     rng = random.Random(0)
     counts = Counter(draw_form(combination, rng) for _ in range(8000))
-    assert set(counts) == set(law)
+    assert set(counts) == {form for form, probability in law.items() if probability}
     for form, probability in law.items():
         assert counts[form] / 8000 == pytest.approx(probability, abs=0.02)
 

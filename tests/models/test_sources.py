@@ -13,6 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -137,6 +139,25 @@ def test_functional_attention_dropout_is_disabled(tmp_path):
     off.train(), on.train()
     assert torch.equal(off(tokens).logits, off(tokens).logits)
     assert not torch.equal(on(tokens).logits, on(tokens).logits)
+
+
+def test_dropout_of_the_text_part_of_a_multimodal_model_is_disabled(tmp_path):
+    text = {**SIZES, "head_dim": 8, "attention_dropout": 0.25}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=False)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = HFModel(str(tmp_path)).load_model().train()
+    assert model.config.text_config.attention_dropout == 0.0
+    tokens = torch.arange(1, 12)[None]
+    states = [model.base_model(input_ids=tokens).last_hidden_state for _ in range(2)]
+    assert torch.equal(*states)
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------

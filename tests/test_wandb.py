@@ -1,0 +1,81 @@
+"""A real offline W&B run, read back from the file that it wrote."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+
+
+def records(path):
+    """All records of a .wandb file: LevelDB's log format (blocks of 32 KiB, records in one or more fragments)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, whole = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # the whole record, or its last fragment
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def flat(items):
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+@pytest.fixture
+def offline_run(bfpo, base, small, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    arguments = [
+        *("-c", "configs/logger/wandb_offline.yaml"),
+        "--trainer.val_check_interval=2",
+        "--trainer.callbacks=bfpo_pl.callbacks.microworld.MicroworldEvaluation",
+        "--trainer.callbacks.max_prompts=8",
+    ]
+    run = bfpo("fit", *base, *arguments, *small)
+    run.trainer.loggers[-1].experiment.finish()
+    return run
+
+
+def test_offline_run_holds_config_metrics_and_the_sample_table(offline_run):
+    [file] = (offline_run.run_folder / "wandb").glob("offline-run-*/run-*.wandb")
+    config, history = {}, []
+    names = set()
+    for record in records(file):
+        if record.WhichOneof("record_type") == "config":
+            config |= flat(record.config.update)
+        elif record.WhichOneof("record_type") == "history":
+            history.append(flat(record.history.item))
+        elif record.WhichOneof("record_type") == "run":
+            names.add((record.run.project, record.run.display_name))
+            config |= flat(record.run.config.update)
+    assert names == {("bfpo_pl", offline_run.run_folder.name)}
+    assert config["model"]["labeling"]["class_path"] == "bfpo_pl.labeling.BFPO"
+    assert config["model"]["loss"]["init_args"] == {"tau": 0.3}
+    assert config["environment"]["packages"]["torch"]
+    steps = [row for row in history if "train/all/all/loss" in row]
+    assert len(steps) == 2
+    [judged] = [row for row in history if "val/microworld/greedy/harmlessness" in row]
+    assert judged["trainer/global_step"] == 2
+    assert any("train/lr" in row for row in history)
+    [table] = [row for row in history if "samples/greedy/path" in row]
+    assert table["samples/greedy/_type"] == "table-file"
+    media = json.loads((file.parent / "files" / table["samples/greedy/path"]).read_text())
+    assert media["columns"][:4] == ["step", "decoding", "prompt", "class"]
+    assert len(media["data"]) == 8
+
+
+def test_the_key_is_in_no_file_of_the_run(offline_run):
+    for path in offline_run.run_folder.rglob("*"):
+        if path.is_file():
+            assert b"0123456789abcdef0123456789abcdef01234567" not in path.read_bytes(), path
