@@ -13,7 +13,9 @@ class Component:
     """Base of labelings, losses and other parts named by ``class_path``; its repr shows the resolved arguments."""
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
+        # What the class declares for all its instances (``requires``, say) is no argument.
+        shown = {key: value for key, value in vars(self).items() if key[0] != "_" and not hasattr(type(self), key)}
+        arguments = ", ".join(f"{key}={value!r}" for key, value in shown.items())
         return f"{type(self).__name__}({arguments})"
 
 

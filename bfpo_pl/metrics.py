@@ -122,6 +122,14 @@ class PreferenceMetrics(Metric):
         self.total[:, used] += torch.where(counted > 0, counted * table, 0.0).sum(-1)
         self.count[:, used] += counted.sum(-1)
 
+    def update_responses(self, batch: PairBatch, label: Label, losses: Tensor) -> None:
+        """Adds the losses ``[R]`` of a method that labels responses, by stream."""
+        member = torch.nn.functional.one_hot(batch.response_stream, len(self.streams)).double()  # [R, K]
+        counted = member * (label.weights > 0).double()[:, None]
+        column = PAIR_METRICS.index("loss")
+        self.total[:, 0, column] += torch.where(counted > 0, losses.detach().double()[:, None], 0.0).sum(0)
+        self.count[:, 0, column] += counted.sum(0)
+
     def compute(self) -> dict[str, float]:
         """Means by name ``{stream|all}/{quadrant|all}/{metric}``; groups without a pair are left out."""
         total, count = (torch.cat([state.sum(0, keepdim=True), state]).cpu() for state in (self.total, self.count))

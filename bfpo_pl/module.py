@@ -232,14 +232,12 @@ class PreferenceModule(ResponseModule):
         self._update(self._val_metrics, batch, objective)
 
     def _update(self, metrics: PreferenceMetrics, batch: PairBatch, objective: Objective) -> None:
-        paired = self.loss.unit == "pair"
-        metrics.update(
-            batch,
-            objective.log_probs,
-            objective.label if paired else None,
-            objective.losses if paired else None,
-            self.loss.scale,
-        )
+        label, losses = objective.label, objective.losses
+        if self.loss.unit == "pair":
+            metrics.update(batch, objective.log_probs, label, losses, self.loss.scale)
+        else:
+            metrics.update(batch, objective.log_probs, None, None, self.loss.scale)
+            metrics.update_responses(batch, label, losses)
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
         if self._train_metrics is not None and self.should_log():

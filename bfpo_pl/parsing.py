@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from bfpo_pl.callbacks.export import ExportHF
 from bfpo_pl.callbacks.progress import progress_callback
@@ -210,7 +211,7 @@ class BFPOCLI(LightningCLI):
         loggers = [logger for logger in loggers if isinstance(logger, Logger)]
         kwargs["logger"] = [CSVLogger(str(self.run_folder), name="", version=""), *loggers]
         kwargs["default_root_dir"] = str(self.run_folder)
-        notes = {"plugins": [f"{plugin.name} ({plugin.origin})" for plugin in self.plugins]}
+        notes: dict[str, Any] = {"plugins": [f"{plugin.name} ({plugin.origin})" for plugin in self.plugins]}
         if config.get("ckpt_path"):
             notes["parent_checkpoint"] = str(config.ckpt_path)
         callbacks = list(config.trainer.callbacks or [])
@@ -218,7 +219,17 @@ class BFPOCLI(LightningCLI):
             callbacks.append(progress_callback())
         record = RunRecord(self.run_folder, self.record, self.command, notes)
         kwargs["callbacks"] = [record, Throughput(), *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        _check_strategy_reads(config.get("ckpt_path"), trainer)
+        return trainer
+
+
+def _check_strategy_reads(checkpoint: Any, trainer: Trainer) -> None:
+    if checkpoint and Path(checkpoint).is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
+        raise UserError(
+            f"The checkpoint {checkpoint} is a folder with a shard of each process. Only fsdp2 reads it, on any number "
+            f"of processes: add `-c configs/strategy/fsdp2.yaml --trainer.devices=1`, or more devices."
+        )
 
 
 def _check_config_files(args: list[str]) -> None:

@@ -59,5 +59,5 @@ class Constant(Schedule):
 
 
 def _warmup_steps(warmup: float, total_steps: int) -> int:
-    """Steps of warm-up; a share of the run is rounded up, but not for the sake of floating point (0.7 · 10 is 7)."""
+    """Steps of warm-up; a share of the run is rounded up, but not for the sake of floating point (0.07 · 100 is 7)."""
     return math.ceil(round(warmup * total_steps, 6) if warmup < 1 else warmup)

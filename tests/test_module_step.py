@@ -491,7 +491,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, value, call
 
 
 def test_a_run_without_an_end_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"set trainer\.max_steps or trainer\.max_epochs"):
+    with pytest.raises(UserError, match=r"set trainer\.max_steps or max_epochs"):
         fit(module_of(), [batch_of(trees_of(2))], tmp_path, steps=-1, max_epochs=-1)
 
 

@@ -22,7 +22,9 @@ def test_secrets_are_redacted_and_nothing_else():
         "password": None,
     }
     line = ["bfpo", "fit", "--logger.api_key=abc", "--hub.token", "xyz", "--model.loss.tau=0.1"]
-    assert redacted_command(line) == "bfpo fit '--logger.api_key=<redacted>' --hub.token <redacted> --model.loss.tau=0.1"
+    assert (
+        redacted_command(line) == "bfpo fit '--logger.api_key=<redacted>' --hub.token <redacted> --model.loss.tau=0.1"
+    )
 
 
 def test_git_revision_of_a_repository_and_outside_one(tmp_path):

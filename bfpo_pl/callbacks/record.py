@@ -32,7 +32,7 @@ class RunRecord(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
-        trainer._default_root_dir = str(self.folder)
+        trainer._default_root_dir = str(self.folder)  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
