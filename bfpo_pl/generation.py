@@ -41,7 +41,7 @@ def generate(
     Returns:
         The answers' texts, without special tokens, in the order of the prompts.
     """
-    encoded = [
+    encoded: list[Any] = [
         tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
         for messages in prompts
     ]

@@ -156,15 +156,10 @@ class PreferenceModule(ResponseModule):
         for reference in self.references.values():
             reference.prepare(self.policy, self.source, self.place)
 
-    def on_fit_start(self) -> None:
-        self._move_references()
-
-    def on_validation_start(self) -> None:
-        self._move_references()
-
-    def _move_references(self) -> None:
+    def _after_cast(self) -> None:
+        super()._after_cast()
         for reference in self.references.values():
-            reference.to(self.device)
+            reference.to(self.device, self.policy.dtype)  # type: ignore[union-attr]
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ def subclasses(base: type) -> list[type]:
     """The concrete classes derived from a base that are imported now, by name."""
     found: dict[str, type] = {}
     pending = [base]
+    child: type
     while pending:
         for child in pending.pop().__subclasses__():
             pending.append(child)
@@ -113,7 +114,7 @@ def _hint(message: str) -> str:
             lines.append(f"Known for {key}: {known}. `bfpo components` describes them.")
     for key, base in COMPONENTS.items():
         for argument in re.findall(r"(?:are required:|[Oo]ption) '?(\w+)'?(?![\w.])", message):
-            takers = [c.__name__ for c in subclasses(base) if argument in inspect.signature(c.__init__).parameters]
+            takers = [c.__name__ for c in subclasses(base) if argument in inspect.signature(c).parameters]
             if takers and "required" in message:
                 lines.append(
                     f"--{key}.{argument} is an argument of {', '.join(takers)}. A class named anew takes over no "

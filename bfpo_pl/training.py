@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.component import UserError
+from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.log_probs import METHODS, AttentionBackend, Padded, bind_log_probs
 from bfpo_pl.models.sharding import shard
 from bfpo_pl.models.sources import ModelSource
@@ -61,6 +62,7 @@ class ResponseModule(LightningModule):
         self.chunk_size = chunk_size
         self.activation_checkpointing = activation_checkpointing
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._float_buffers: dict[str, Tensor] = {}
         self._nonfinite: Tensor | None = None
         self._window_origins: list[str] = []
 
@@ -74,7 +76,14 @@ class ResponseModule(LightningModule):
     # ---- building -------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        self._keep_batches_whole()
         self.source.check()
+
+    def _keep_batches_whole(self) -> None:
+        """Under ``bf16-true`` Lightning converts every float of a batch, which would round soft flags and scores."""
+        plugin = self.trainer.precision_plugin
+        convert = plugin.convert_input
+        plugin.convert_input = lambda data: data if isinstance(data, PairBatch) else convert(data)  # type: ignore
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -82,13 +91,27 @@ class ResponseModule(LightningModule):
         policy = self.source.load_model()
         self.trainable.apply(policy)
         if self.activation_checkpointing:
-            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # positional, since transformers 5.2x renamed method and argument
+            enable = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             policy.enable_input_require_grads()
         trained, total = parameter_counts(policy)
         rank_zero_info(f"Policy {self.source}: {trained:,} of {total:,} parameters train ({trained / total:.1%}).")
         self.place(policy)
+        self._float_buffers = float_buffers(policy)
         policy.train()  # from_pretrained leaves eval mode, and Lightning keeps what it finds
         self.policy = policy
+
+    def on_fit_start(self) -> None:
+        self._after_cast()
+
+    def on_validation_start(self) -> None:
+        self._after_cast()
+
+    def _after_cast(self) -> None:
+        """What Lightning's move and cast of the policy left to do."""
+        assert self.policy is not None
+        restore_buffers(self.policy, self._float_buffers, self.device)
 
     def place(self, model: PreTrainedModel) -> None:
         """Binds the log-prob method to a network and, under a sharding strategy, shards it."""

@@ -102,7 +102,7 @@ def test_swaps_by_short_name_or_full_path(bfpo, base, small, overrides, labeling
 
 
 def test_a_swapped_class_takes_over_no_argument(bfpo, base, small, tmp_path, capsys):
-    """Logistic and Hinge both have a beta; that of the config must not slip into the class named on the command line."""
+    """Logistic and Hinge both have a beta; the config's must not slip into the class named on the command line."""
     text = refused(capsys, bfpo, "fit", *DPO, *small, "--model.loss=Hinge")
     assert "required: beta" in text
     assert "--model.loss.beta" in text
@@ -199,8 +199,7 @@ def test_validate_a_run_also_under_another_labeling_or_loss(bfpo, base, small):
 def test_sft_export_is_the_next_policy(bfpo, base, small, tmp_path):
     export = tmp_path / "sft"
     sft = bfpo(
-        "sft", "-c", "configs/sft.yaml", "--trainer.max_steps=3", "--model.policy.hidden_size=32", "--model.policy.layers=2",
-        "--model.policy.heads=2", "--model.policy.intermediate_size=64", "--data.streams.sft.source.count=64",
+        "sft", "-c", "configs/sft.yaml", "--trainer.max_steps=3", *(item for item in small if "model.policy" in item), "--data.streams.sft.source.count=64",
         "--data.streams.sft.batch_size=8", f"--export.folder={export}", "--trainer.log_every_n_steps=1",
     )  # fmt: skip
     losses = [float(row["train/all/all/loss"]) for row in metrics_rows(sft.run_folder) if row["train/all/all/loss"]]
@@ -279,13 +278,13 @@ ROW = {
         ({"rejected_safe": 1.5}, ["rejected_safe", "1.5"]),
     ],
 )
-def test_bad_rows_stop_the_run_with_file_and_line(bfpo, small, tmp_path, change, words, capsys):
+def test_bad_rows_stop_the_run_with_file_and_line(bfpo, base, small, tmp_path, change, words, capsys):
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in (ROW, ROW | {"prompt": "other"}, ROW | change)))
     small = [item for item in small if "streams" not in item]
     text = refused(
-        capsys, bfpo, "fit", "-c", "configs/base.yaml", "-c", "configs/experiment/bfpo.yaml", "-c", "configs/data/jsonl.yaml",
-        *small, f"--data.streams.safety.source.path={file}",
+        capsys, bfpo, "fit", *base, "-c", "configs/data/jsonl.yaml", *small,
+        f"--data.streams.safety.source.path={file}",
     )  # fmt: skip
     for word in (f"{file}:3", "on_bad_row", *words):
         assert word in text
@@ -302,3 +301,23 @@ def test_own_pairs_train_from_a_jsonl_file(bfpo, small, tmp_path):
         *small, f"--data.streams.safety.source.path={file}",
     )  # fmt: skip
     assert run.trainer.global_step == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_starts_at_margin_zero_and_keeps_soft_flags(bfpo, base, small, precision):
+    """The log-probs are float32 in either case, and a flag of 0.9 is not rounded to bf16's 0.8984."""
+    soft = ["--data.streams.safety.source.flag_noise=0.1", "--data.streams.safety.source.soft_flags=true"]
+    run = bfpo("fit", *base, *small, *soft, f"--trainer.precision={precision}", "--trainer.val_check_interval=2")
+    first = next(row for row in metrics_rows(run.run_folder) if row["train/all/all/loss"])
+    assert float(first["train/all/all/margin"]) == 0.0
+    assert all(buffer.dtype == torch.float32 for buffer in run.model.policy.buffers())
+    batch = next(iter(run.datamodule.train_dataloader())).to(run.model.device)
+    flags = batch.annotations["chosen_safe"][batch.pair_stream == 0]
+    assert set(flags.tolist()) <= set(torch.tensor([0.1, 0.9]).tolist())
+    assert run.model.objective(batch).log_probs.policy.dtype == torch.float32
+    # Lightning would round the flags to bf16 on the way; the metrics show that the module saw them whole.
+    targets = run.model.labeling(batch.annotations).target
+    assert float(run.trainer.precision_plugin.convert_input(batch).annotations["chosen_safe"].sum()) == float(
+        batch.annotations["chosen_safe"].sum()
+    )
+    assert targets.dtype == torch.float32

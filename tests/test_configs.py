@@ -97,8 +97,10 @@ def sft_export(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(CONFIGS.parent)
         main(
-            ["sft", "-c", "configs/sft.yaml", f"--export.folder={folder / 'export'}", f"--runs={folder / 'runs'}"]
-            + ["--trainer.max_steps=2", "--data.streams.sft.source.count=64", "--model.policy.hidden_size=32"]
+            [
+                *("sft", "-c", "configs/sft.yaml", "--trainer.max_steps=2", "--data.streams.sft.source.count=64"),
+                *(f"--export.folder={folder / 'export'}", f"--runs={folder / 'runs'}", "--model.policy.hidden_size=32"),
+            ]
         )
     return folder / "export"
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.component import Component, UserError
+from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.sources import ModelSource
 
 
@@ -44,8 +45,8 @@ class Reference(Component, ABC):
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
         """``[R]``, log-prob of every response, without a gradient."""
 
-    def to(self, device: torch.device) -> None:
-        """Moves the reference's network, if it has one, to the policy's device."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves the reference's network, if it has one, to the policy's device and type of parameters."""
 
 
 class FrozenCopy(Reference):
@@ -78,9 +79,11 @@ class FrozenCopy(Reference):
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
         return self._network.response_log_probs(batch)  # type: ignore[union-attr,operator]
 
-    def to(self, device: torch.device) -> None:
-        if self._network is not None and self._network.device != device:
-            self._network.to(device)  # type: ignore[arg-type]  # transformers decorates it beyond mypy
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self._network is not None and (self._network.device, self._network.dtype) != (device, dtype):
+            saved = float_buffers(self._network)
+            self._network.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # decorated beyond mypy
+            restore_buffers(self._network, saved, device)
 
 
 class AdapterOff(Reference):
