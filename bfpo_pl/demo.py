@@ -26,7 +26,7 @@ from bfpo_pl.plots import Point, pareto_figure
 from bfpo_pl.runs import new_run_folder
 
 CONFIGS = Path("configs")
-OBJECTIVES = ("helpfulness_only", "bfpo")
+OBJECTIVES = ("helpfulness_only", "bfpo_nll")
 TEMPERATURES = {"greedy": 0.0, "temperature 0.5": 0.5}
 TITLES = {
     "sft": "SFT (the start)",
@@ -36,7 +36,12 @@ TITLES = {
     "linear": "linear mix",
     "dpo": "DPO on helpfulness",
     "bfpo": "BFPO",
+    "bfpo_nll": "BFPO + NLL term",
 }
+NLL_NOTE = (
+    "The NLL term on safe chosen responses is an addition of this package, not the paper's (configs/experiment/"
+    "bfpo_nll.yaml). Without it: bfpo demo --objectives helpfulness_only bfpo"
+)
 _STEP = re.compile(r"^step (\d+)/(\d+)", re.MULTILINE)
 
 
@@ -58,8 +63,9 @@ class Stage:
         """Starts the command; its output goes to ``<folder>/logs/<name>.log``."""
         self.log(folder).parent.mkdir(parents=True, exist_ok=True)
         inherited = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "BFPO_RUN_DIR")}
-        threads = str(self.threads)
-        environment = inherited | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, SECONDS_VARIABLE: "2"}
+        threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        # Passive: threads that wait leave the cores to others, where something else runs beside the demo.
+        environment = inherited | threads | {"OMP_WAIT_POLICY": "PASSIVE", SECONDS_VARIABLE: "2"}
         with self.log(folder).open("wb") as log:
             command = [sys.executable, "-m", "bfpo_pl.cli", *self.arguments]
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -90,7 +96,7 @@ def run_demo(args: list[str]) -> dict[str, Any]:
     Raises:
         UserError: The configs are not here, or a stage failed.
     """
-    options = _options(args)
+    options, further = _options(args)
     if not (CONFIGS / "base.yaml").is_file():
         raise UserError("`bfpo demo` reads configs/: run it in the root of a clone of the bfpo_pl repository.")
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -99,7 +105,7 @@ def run_demo(args: list[str]) -> dict[str, Any]:
     folder.mkdir(parents=True)
     console.print(f"bfpo demo, seed {options.seed}: everything goes to {folder}\n", highlight=False, soft_wrap=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    common = [f"--seed_everything={options.seed}", f"--runs={folder}"]
+    common = [f"--seed_everything={options.seed}", f"--runs={folder}", *further]
     sft = Stage("sft", ["sft", "-c", f"{CONFIGS}/sft.yaml", *common, *_world("sft", options.seed)], cores)
     _run([sft], folder, console)
     start = ["--model.policy=HFModel", f"--model.policy.path={sft.export(folder)}"]
@@ -126,14 +132,19 @@ def run_demo(args: list[str]) -> dict[str, Any]:
     return record
 
 
-def _options(args: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bfpo demo", description=run_demo.__doc__.splitlines()[0])  # type: ignore[union-attr]
+def _options(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        "bfpo demo",
+        description=run_demo.__doc__.splitlines()[0],  # type: ignore[union-attr]
+        epilog="Further arguments, such as --trainer.max_steps=50, are handed to every stage.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the world's split, the data and the training")
     parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.add_argument(
         "--objectives", nargs="+", default=list(OBJECTIVES), help="experiments of configs/experiment/ to compare"
     )
-    return parser.parse_args(args)
+    return parser.parse_known_args(args)
 
 
 def _experiment(name: str) -> list[str]:
@@ -215,9 +226,11 @@ def _show(results: dict[str, dict[str, Evaluation]], folder: Path, console: Cons
                 f"{scores.over_refusal:.2f}",
                 f"{verb:.2f} / {pair:.2f}",
                 f"{scores.benign.malformed:.2f} / {scores.harmful.malformed:.2f}",
-                style="bold" if name == "bfpo" else "",
+                style="bold" if name.startswith("bfpo") else "",
             )
         console.print(table)
+    if "bfpo_nll" in results:
+        console.print(NLL_NOTE, style="dim", highlight=False)
     _show_samples(results, console)
     points = {
         TITLES.get(name, name): [Point(e.scores.helpfulness, e.scores.harmlessness) for e in evaluations.values()]

@@ -60,8 +60,8 @@ def test_offline_run_holds_config_metrics_and_the_sample_table(offline_run):
             names.add((record.run.project, record.run.display_name))
             config |= flat(record.run.config.update)
     assert names == {("bfpo_pl", offline_run.run_folder.name)}
-    assert config["model"]["labeling"]["class_path"] == "bfpo_pl.labeling.BFPO"
-    assert config["model"]["loss"]["init_args"] == {"tau": 0.3}
+    assert config["model"]["labeling"]["class_path"] == "bfpo_pl.BFPO"
+    assert config["model"]["loss"]["init_args"] == {"tau": 0.2}
     assert config["environment"]["packages"]["torch"]
     steps = [row for row in history if "train/all/all/loss" in row]
     assert len(steps) == 2
