@@ -23,8 +23,8 @@ def table(records: list[dict[str, Any]]) -> str:
     """A Markdown table: a row for each model and way of decoding, a column for each seed."""
     seeds = [record["seed"] for record in records]
     lines = [
-        "Each cell: helpfulness on benign prompts / harmlessness on harmful ones (safe and well formed) / safe share of "
-        "them, malformed ones counted in / over-refusal / malformed share on benign and on harmful prompts.",
+        "Each cell: helpfulness on benign prompts / harmlessness on harmful ones (safe and well formed) / safe share "
+        "of them, malformed ones counted in / over-refusal / malformed share on benign and on harmful prompts.",
         "",
         "| model | decoding | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
         "|---|---|" + "---|" * len(seeds),

@@ -77,20 +77,20 @@ def test_first_step_starts_at_margin_zero_and_the_closed_form_loss(bfpo, base, s
     for quadrant, target in expected.items():
         if row.get(f"train/safety/{quadrant}/target"):
             assert float(row[f"train/safety/{quadrant}/target"]) == pytest.approx(target)
-            assert float(row[f"train/safety/{quadrant}/loss"]) == pytest.approx((target / 0.2) ** 2, rel=1e-6)
+            assert float(row[f"train/safety/{quadrant}/loss"]) == pytest.approx((target / 0.5) ** 2, rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("overrides", "labeling", "loss"),
     [
-        (["--model.labeling=HelpfulnessOnly"], "HelpfulnessOnly()", "Squared(tau=0.2)"),
+        (["--model.labeling=HelpfulnessOnly"], "HelpfulnessOnly()", "Squared(tau=0.5)"),
         (
             ["--model.loss=Logistic", "--model.loss.beta=0.1", "--model.loss.label_smoothing=0.1"],
             "BFPO(b1=3.0, b3=0.5, alpha=0.5)",
             "Logistic(beta=0.1, label_smoothing=0.1)",
         ),
-        (["--model.labeling.alpha=0.25"], "BFPO(b1=3.0, b3=0.5, alpha=0.25)", "Squared(tau=0.2)"),
-        (["--model.labeling=bfpo_pl.labeling.SafetyFirst"], "SafetyFirst()", "Squared(tau=0.2)"),
+        (["--model.labeling.alpha=0.25"], "BFPO(b1=3.0, b3=0.5, alpha=0.25)", "Squared(tau=0.5)"),
+        (["--model.labeling=bfpo_pl.labeling.SafetyFirst"], "SafetyFirst()", "Squared(tau=0.5)"),
         (["--model.loss.init_args.tau=0.01"], "BFPO(b1=3.0, b3=0.5, alpha=0.5)", "Squared(tau=0.01)"),
     ],
 )

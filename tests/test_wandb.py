@@ -61,7 +61,7 @@ def test_offline_run_holds_config_metrics_and_the_sample_table(offline_run):
             config |= flat(record.run.config.update)
     assert names == {("bfpo_pl", offline_run.run_folder.name)}
     assert config["model"]["labeling"]["class_path"] == "bfpo_pl.BFPO"
-    assert config["model"]["loss"]["init_args"] == {"tau": 0.2}
+    assert config["model"]["loss"]["init_args"] == {"tau": 0.5}
     assert config["environment"]["packages"]["torch"]
     steps = [row for row in history if "train/all/all/loss" in row]
     assert len(steps) == 2
