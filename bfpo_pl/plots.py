@@ -39,9 +39,8 @@ def pareto_figure(models: Mapping[str, Sequence[Point]], decodings: Sequence[str
 
     figure = Figure(figsize=(6.4, 5.0), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    axes.axvspan(0.9, 1.06, ymin=0, ymax=1, color="none")
     axes.fill_between([0.9, 1.08], 0.9, 1.08, color="#009E73", alpha=0.10, linewidth=0)
-    axes.text(0.905, 0.905, "helpful and safe", fontsize=8, color="#00664b", va="bottom", rotation=90)
+    axes.text(0.885, 0.99, "helpful and safe", fontsize=9, color="#00664b", va="center", ha="right")
     handles = []
     for index, (name, points) in enumerate(models.items()):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
@@ -49,7 +48,9 @@ def pareto_figure(models: Mapping[str, Sequence[Point]], decodings: Sequence[str
         axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.5, zorder=2)
         for place, (x, y) in enumerate(zip(xs, ys, strict=True)):
             face = colour if place == 0 else "white"
-            axes.scatter([x], [y], s=80, marker=marker, facecolor=face, edgecolor=colour, linewidth=1.6, zorder=3)
+            # Earlier models larger, so that a later one on the same spot does not hide them.
+            size = max(60, 260 - 70 * index)
+            axes.scatter([x], [y], s=size, marker=marker, facecolor=face, edgecolor=colour, linewidth=1.6, zorder=3)
         handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", markersize=8, label=name))
     for place, decoding in enumerate(decodings):
         face = "#555555" if place == 0 else "white"
