@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 
-from bfpo_pl.component import UserError
+from bfpo_pl.component import RunError, UserError
 from bfpo_pl.plugins import Plugin, load_plugins
 
 
@@ -32,10 +34,14 @@ def sft(args: list[str], plugins: list[Plugin]) -> object:
 
 
 def components(args: list[str], plugins: list[Plugin]) -> None:
-    """Lists labelings, losses, references, sources and other components, and the plugins, with one line each."""
-    from bfpo_pl.listing import print_components
+    """Lists labelings, losses, references, sources and plugins; with a NAME, says what it means and takes."""
+    import bfpo_pl.data.datamodule  # noqa: F401  # its imports define the components
+    from bfpo_pl.listing import describe, print_components
 
-    print_components(plugins)
+    if not args:
+        print_components(plugins)
+    for name in args:
+        print(describe(name))
 
 
 def demo(args: list[str], plugins: list[Plugin]) -> None:
@@ -52,6 +58,9 @@ def _preference(command: str, args: list[str], plugins: list[Plugin]) -> object:
 
     return BFPOCLI(PreferenceModule, AlignmentData, [command, *args], plugins, command)
 
+
+TRACEBACK_VARIABLE = "BFPO_TRACEBACK"
+"""Environment variable: if set, mistakes end in a traceback instead of one message."""
 
 COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "fit": fit,
@@ -99,9 +108,38 @@ def main(args: list[str] | None = None) -> object:
     _quiet()
     try:
         return COMMANDS[args[0]](args[1:], load_plugins())
-    except UserError as error:
-        sys.stderr.write(f"bfpo: error: {error}\n")
-        raise SystemExit(2) from error
+    except Exception as error:
+        message, code = _explained(error)
+        if not message or TRACEBACK_VARIABLE in os.environ:
+            raise
+        sys.stderr.write(f"bfpo: error: {message}\n")
+        raise SystemExit(code) from error
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """One message and an exit code for a mistake or a run that had to stop; an empty message for a bug."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        if isinstance(cause, UserError):  # the parser wraps what a component says of its arguments
+            return str(cause), 2
+        if isinstance(cause, RunError):
+            return str(cause), 1
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, MisconfigurationException | OSError):
+        return str(error), 2
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "The checkpoint cannot be read without running code from it, so it is refused.",
+            2,
+        )
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ValueError) and "/lightning/" in frames[-1].filename.replace("\\", "/"):
+        return str(error), 2  # Lightning says so of its own arguments
+    return "", 1
 
 
 def _quiet() -> None:
@@ -109,6 +147,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse")
+    warnings.filterwarnings("ignore", "The dirpath has changed from")
+    warnings.filterwarnings("ignore", ".*Previous log files in this directory will be deleted.*")
+    warnings.filterwarnings("ignore", ".*Total length of `(list|DataLoader|CombinedLoader)` across ranks is zero.*")
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)

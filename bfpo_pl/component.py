@@ -9,6 +9,10 @@ class UserError(ValueError):
     """A mistake in what was asked for: the message says what and how to mend it, and no traceback is needed."""
 
 
+class RunError(RuntimeError):
+    """A run that must stop: the message says why, and no traceback is needed."""
+
+
 class Component:
     """Base of labelings, losses and other parts named by ``class_path``; its repr shows the resolved arguments."""
 

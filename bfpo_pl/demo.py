@@ -99,6 +99,10 @@ def run_demo(args: list[str]) -> dict[str, Any]:
     options, further = _options(args)
     if not (CONFIGS / "base.yaml").is_file():
         raise UserError("`bfpo demo` reads configs/: run it in the root of a clone of the bfpo_pl repository.")
+    unknown = [name for name in options.objectives if not (CONFIGS / "experiment" / f"{name}.yaml").is_file()]
+    if unknown:
+        known = ", ".join(sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
+        raise UserError(f"There is no experiment {', '.join(unknown)} in {CONFIGS}/experiment. Known: {known}.")
     console = Console(width=None if sys.stdout.isatty() else 120)
     started = time.monotonic()
     folder = new_run_folder(options.runs, "demo")

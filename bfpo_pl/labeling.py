@@ -51,7 +51,8 @@ class BFPO(LabelingFunction):
         b1: Weight of safety against helpfulness, > 1: the additive constant of helpfulness in the optimum is
             1/(b1 − 1), so a smaller b1 lets safety weigh more.
         alpha: Shift of the labels, in [0, b3 · (b1 − 1)]. The middle of that range is the one value that makes labels
-            antisymmetric; 0 gives the bilinear reward (s + E s)(P + 1/2) when safety and helpfulness are independent.
+            antisymmetric; 0 gives, at b1 = 3, the bilinear reward (s + E s)(P + 1/2) if safety and helpfulness are
+            independent.
         b3: Scale of the labels, > 0. Default: 1/(b1 − 1), which keeps the meaning of tau.
 
     Raises:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bfpo_pl.batch import REFERENCE, Label, LogProbs, PairBatch, Requirements
-from bfpo_pl.component import UserError
+from bfpo_pl.component import RunError, UserError
 from bfpo_pl.labeling import LabelingFunction
 from bfpo_pl.losses import AuxiliaryLoss, PreferenceLoss
 from bfpo_pl.metrics import PreferenceMetrics
@@ -28,7 +28,7 @@ class RequirementError(UserError):
     """A labeling or loss needs something that the data or the references do not give."""
 
 
-class StartMarginError(RuntimeError):
+class StartMarginError(RunError):
     """The first margin is not 0 although the reference is the policy's own start."""
 
 
@@ -109,8 +109,8 @@ class PreferenceModule(ResponseModule):
                 f"model.references."
             )
         self._start_checked = False
-        self._train_metrics: PreferenceMetrics | None = None
-        self._val_metrics: PreferenceMetrics | None = None
+        self._train_metrics: PreferenceMetrics | None
+        self._val_metrics: PreferenceMetrics | None
 
     @property
     def requires(self) -> Requirements:
@@ -189,13 +189,11 @@ class PreferenceModule(ResponseModule):
         return (torch.stack(reduced) * batch.stream_weight.to(losses.dtype)).sum()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        first = not self._start_checked and self.trainer.global_step == 0
-        if first:
+        if not self._start_checked and self.trainer.global_step == 0:
             self.check_head(batch)
-        objective = self.objective(batch)
-        if first:
-            self._check_start(objective.log_probs)
+            self._check_start(batch)
         self._start_checked = True
+        objective = self.objective(batch)
         self.watch_finite(objective.loss, batch)
         self.log("loss", objective.loss.detach(), prog_bar=True, logger=False)
         if self._train_metrics is None:
@@ -203,21 +201,29 @@ class PreferenceModule(ResponseModule):
         self._update(self._train_metrics, batch, objective)
         return objective.loss
 
-    def _check_start(self, log_probs: LogProbs) -> None:
+    @torch.no_grad()
+    def _check_start(self, batch: PairBatch) -> None:
         """Where the reference is the policy's own start, the margin must be exactly 0 before the first update.
+
+        Dropout, if there is any, is off meanwhile.
 
         Raises:
             StartMarginError: It is not.
         """
         reference = self.references.get(REFERENCE)
-        if reference is None or not reference.starts_as_policy or len(log_probs.policy) == 0:
+        if reference is None or not reference.starts_as_policy:
             return
-        largest = log_probs.log_ratio().abs().max().item()
+        assert self.policy is not None
+        training = self.policy.training
+        self.policy.eval()
+        ratio = self.log_probs_of(batch) - reference.log_probs(self.policy, batch)
+        self.policy.train(training)
+        largest = ratio.abs().max().item() if len(ratio) else 0.0
         if largest != 0.0:
             raise StartMarginError(
                 "Before the first update policy and reference are the same model, so every log-ratio must be 0, but "
-                f"one is {largest:.3g}. Usual causes: active dropout (policy.disable_dropout: true and LoRA dropout 0 "
-                "mend it), or an adapter that does not start at zero."
+                f"one is {largest:.3g}. Usual causes: an adapter that does not start at zero, or a policy whose "
+                "weights were changed after it was loaded."
             )
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -233,11 +239,3 @@ class PreferenceModule(ResponseModule):
         else:
             metrics.update(batch, objective.log_probs, None, None, self.loss.scale)
             metrics.update_responses(batch, label, losses)
-
-    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        if self._train_metrics is not None and self.should_log():
-            self.log_train(self._train_metrics)
-
-    def on_validation_epoch_end(self) -> None:
-        if self._val_metrics is not None:
-            self.log_validation(self._val_metrics)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,53 +17,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
+from bfpo_pl.arguments import check_checkpoint, check_config_files, check_experiment, configs_first, help_asked
 from bfpo_pl.callbacks.export import ExportHF
 from bfpo_pl.callbacks.progress import progress_callback
 from bfpo_pl.callbacks.record import RunRecord
 from bfpo_pl.callbacks.throughput import Throughput
 from bfpo_pl.component import Component, UserError
-from bfpo_pl.data.adapters import Adapter
-from bfpo_pl.data.sources import Source
-from bfpo_pl.labeling import LabelingFunction
-from bfpo_pl.losses import AuxiliaryLoss, PreferenceLoss
-from bfpo_pl.models.log_probs import AttentionBackend
-from bfpo_pl.models.reference import Reference
-from bfpo_pl.models.sources import ModelSource
-from bfpo_pl.models.trainable import TrainablePart
+from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.plugins import Plugin
-from bfpo_pl.reductions import PairReduction
 from bfpo_pl.runs import new_run_folder
-from bfpo_pl.schedules import Schedule
-
-COMPONENTS: dict[str, type] = {
-    "model.labeling": LabelingFunction,
-    "model.loss": PreferenceLoss,
-    "model.auxiliary": AuxiliaryLoss,
-    "model.pair_reduction": PairReduction,
-    "model.policy": ModelSource,
-    "model.trainable": TrainablePart,
-    "model.reference": Reference,
-    "model.references": Reference,
-    "model.attention": AttentionBackend,
-    "model.schedule": Schedule,
-    "data.streams.*.source": Source,
-    "data.streams.*.adapter": Adapter,
-}
-"""The keys of a config that name a class of ours, and what it must be a subclass of."""
-
-
-def subclasses(base: type) -> list[type]:
-    """The concrete classes derived from a base that are imported now, by name."""
-    found: dict[str, type] = {}
-    pending = [base]
-    child: type
-    while pending:
-        for child in pending.pop().__subclasses__():
-            pending.append(child)
-            if not inspect.isabstract(child) and not child.__name__.startswith("_"):
-                found[f"{child.__name__} {child.__module__}"] = child
-    return [found[name] for name in sorted(found)]
+from bfpo_pl.summary import print_validation
 
 
 def _discard_all_init_args(parser_or_action: Any, prev_val: Any, value: Any) -> None:
@@ -112,10 +76,14 @@ def _hint(message: str) -> str:
         if re.search(rf'key "([^"]*\.)?{last}["\.]', message):
             known = ", ".join(child.__name__ for child in subclasses(base))
             lines.append(f"Known for {key}: {known}. `bfpo components` describes them.")
+    missing = re.findall(r"are required: (\w+)(?![\w.])", message)
+    if missing and missing[0] in ("source", "adapter", "batch_size"):
+        lines.append("A stream of data needs source, adapter and batch_size. Is data.streams.<stream> one that exists?")
+        return "\n".join(lines)
     for key, base in COMPONENTS.items():
-        for argument in re.findall(r"(?:are required:|[Oo]ption) '?(\w+)'?(?![\w.])", message):
+        for argument in missing:
             takers = [c.__name__ for c in subclasses(base) if argument in inspect.signature(c).parameters]
-            if takers and "required" in message:
+            if takers:
                 lines.append(
                     f"--{key}.{argument} is an argument of {', '.join(takers)}. A class named anew takes over no "
                     f"argument of the one before it."
@@ -183,17 +151,20 @@ class BFPOCLI(LightningCLI):
         parser.add_lightning_class_args(ExportHF, "export")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        _check_config_files(args)
-        asked = [arg for arg in args if re.match(r"--[\w.]+\.help\b", arg)]
-        args = [args[0], asked[0]] if asked else args  # help on a component needs no other argument and takes none
-        self.config = parser.parse_args(args)
+        check_config_files(args)
+        asked = help_asked(args)
+        if asked and asked[1] and (key := component_key(asked[0])):
+            print(describe(asked[1], key))
+            raise SystemExit(0)
+        self.config = parser.parse_args([args[0], *configs_first(args[1:])])
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint gives weights and state, and never overrides the command line."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        _check_checkpoint(config.get("ckpt_path"))
+        check_experiment(config.experiment)
+        check_checkpoint(config.get("ckpt_path"))
         dumped = self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_none=False, format="yaml")
         self.record = yaml.safe_load(dumped)
         self.run_folder = new_run_folder(config.runs, config.experiment)
@@ -205,6 +176,24 @@ class BFPOCLI(LightningCLI):
                 if key in arguments and arguments[key] in (None, "."):
                     arguments[key] = value
 
+    def after_instantiate_classes(self) -> None:
+        # Before any data is read; a module that is not ours may have no source.
+        for part in (getattr(self.model, "source", None), *getattr(self.model, "references", {}).values()):
+            if part is not None:
+                part.check()
+        if self.subcommand == "validate" and not self.config[self.subcommand].get("ckpt_path"):
+            rank_zero_info("No --ckpt_path: what is validated is the policy as its source gives it, before any fit.")
+
+    def after_fit(self) -> None:
+        self._show_validation()
+
+    def after_validate(self) -> None:
+        self._show_validation()
+
+    def _show_validation(self) -> None:
+        if self.trainer.is_global_zero:
+            print_validation(self.trainer.callback_metrics)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
         loggers: Any = config.trainer.logger
@@ -215,12 +204,16 @@ class BFPOCLI(LightningCLI):
         notes: dict[str, Any] = {"plugins": [f"{plugin.name} ({plugin.origin})" for plugin in self.plugins]}
         if config.get("ckpt_path"):
             notes["parent_checkpoint"] = str(config.ckpt_path)
-        callbacks = list(config.trainer.callbacks or [])
+        configured = config.trainer.callbacks or []
+        callbacks = list(configured) if isinstance(configured, list) else [configured]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(progress_callback())
         record = RunRecord(self.run_folder, self.record, self.command, notes)
         kwargs["callbacks"] = [record, Throughput(), *callbacks]
-        trainer = super().instantiate_trainer(**kwargs)
+        more = [config[key] for key in self._parser(self.subcommand).callback_keys]
+        if config.trainer.enable_checkpointing is False:
+            more = [callback for callback in more if not isinstance(callback, ModelCheckpoint)]
+        trainer = self._instantiate_trainer({**config.trainer, **kwargs}, more)
         _check_strategy_reads(config.get("ckpt_path"), trainer)
         return trainer
 
@@ -231,36 +224,6 @@ def _check_strategy_reads(checkpoint: Any, trainer: Trainer) -> None:
             f"The checkpoint {checkpoint} is a folder with a shard of each process. Only fsdp2 reads it, on any number "
             f"of processes: add `-c configs/strategy/fsdp2.yaml --trainer.devices=1`, or more devices."
         )
-
-
-def _check_config_files(args: list[str]) -> None:
-    """Names the file and the place of malformed YAML, which the parser's own message does not.
-
-    Raises:
-        UserError: A config file cannot be read as YAML.
-    """
-    values = [after for option, after in pairwise(args) if option in ("-c", "--config")]
-    values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    for path in (Path(value) for value in values):
-        if not path.is_file():
-            continue  # the parser says so itself, and a value may be YAML text
-        try:
-            yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"The config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _check_checkpoint(path: str | Path | None) -> None:
-    """Fails before any weight loads if a checkpoint is not there.
-
-    Raises:
-        UserError: There is no such file or folder; the message lists those beside it.
-    """
-    if path is None or str(path) in ("last", "best", "hpc") or "://" in str(path) or Path(path).exists():
-        return
-    parent = Path(path).parent
-    beside = sorted(item.name for item in parent.glob("*.ckpt")) if parent.is_dir() else []
-    raise UserError(f"There is no checkpoint '{path}'. Checkpoints in {parent}: {', '.join(beside) or 'none'}.")
 
 
 def _loggers(trainer: Namespace) -> list[Any]:

@@ -88,7 +88,7 @@ def _load_entry_points() -> list[Plugin]:
 def _import(name: str, origin: str):
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"The plugin '{name}' ({origin}) failed to import: {type(error).__name__}: {error}. Mend it, or move it "
             f"out of the plugin folder."

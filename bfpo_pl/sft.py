@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from bfpo_pl.batch import PairBatch
+from bfpo_pl.component import UserError
 from bfpo_pl.metrics import TokenMetrics
 from bfpo_pl.models.log_probs import AttentionBackend
 from bfpo_pl.models.sources import ModelSource
@@ -42,8 +41,16 @@ class SFTModule(ResponseModule):
     ) -> None:
         super().__init__(policy, optimizer, schedule, trainable, attention, "sum", chunk_size, activation_checkpointing)
         self._head_checked = False
-        self._train_metrics: TokenMetrics | None = None
-        self._val_metrics: TokenMetrics | None = None
+        self._train_metrics: TokenMetrics | None
+        self._val_metrics: TokenMetrics | None
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if getattr(getattr(self.trainer, "datamodule", None), "has_pairs", False):
+            raise UserError(
+                "`bfpo sft` imitates every response, and this data has rejected ones. Read it with an SFT adapter: "
+                "Messages, or Columns with rejected: null."
+            )
 
     def objective(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """The scalar loss, Σ over streams of weight · NLL / tokens, and the NLL of each response ``[R]``."""
@@ -69,11 +76,3 @@ class SFTModule(ResponseModule):
         if self._val_metrics is None:
             self._val_metrics = TokenMetrics(batch.streams).to(self.device)
         self._val_metrics.update(batch, self.objective(batch)[1])
-
-    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        if self._train_metrics is not None and self.should_log():
-            self.log_train(self._train_metrics)
-
-    def on_validation_epoch_end(self) -> None:
-        if self._val_metrics is not None:
-            self.log_validation(self._val_metrics)

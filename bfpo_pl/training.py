@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bfpo_pl.batch import PairBatch
-from bfpo_pl.component import UserError
+from bfpo_pl.component import RunError, UserError, check_range
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.log_probs import METHODS, AttentionBackend, Padded, bind_log_probs
 from bfpo_pl.models.sharding import shard
@@ -24,11 +24,11 @@ from bfpo_pl.models.trainable import Everything, TrainablePart, parameter_counts
 from bfpo_pl.schedules import Schedule, WarmupCosine
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(RunError):
     """A loss was NaN or infinite; the update was not applied."""
 
 
-class HeadMismatchError(RuntimeError):
+class HeadMismatchError(RunError):
     """The model's own logits differ from those that the log-probs are computed from."""
 
 
@@ -59,12 +59,14 @@ class ResponseModule(LightningModule):
         self.trainable = trainable or Everything()
         self.attention = attention or Padded()
         self.logp_reduction = logp_reduction
-        self.chunk_size = chunk_size
+        self.chunk_size = int(check_range(self, "chunk_size", chunk_size, 1))
         self.activation_checkpointing = activation_checkpointing
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._float_buffers: dict[str, Tensor] = {}
         self._nonfinite: Tensor | None = None
         self._window_origins: list[str] = []
+        self._train_metrics: Metric | None = None
+        self._val_metrics: Metric | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -122,7 +124,10 @@ class ResponseModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
-        optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)
+        try:
+            optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)
+        except ValueError as error:
+            raise UserError(f"model.optimizer: {error}.") from error
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise UserError(
@@ -184,6 +189,25 @@ class ResponseModule(LightningModule):
                 f"applied. Rows of this step: {rows}."
             )
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compares a checkpoint's weights with the policy's before they load.
+
+        Raises:
+            UserError: They are another model's; the message names the first that differs.
+        """
+        own = self.state_dict()
+        saved = checkpoint.get("state_dict", {})
+        shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        if not shapes:  # a sharded checkpoint holds its weights elsewhere
+            return
+        for name in sorted(own.keys() | shapes.keys()):
+            here = tuple(own[name].shape) if name in own else "no such weight"
+            if shapes.get(name, "no such weight") != here:
+                raise UserError(
+                    f"The checkpoint is another model's: {name} is {shapes.get(name, 'no such weight')} there and "
+                    f"{here} in this run's policy, {self.source} with {self.trainable}."
+                )
+
     # ---- logging --------------------------------------------------------------------------------------------------
 
     def should_log(self) -> bool:
@@ -192,6 +216,14 @@ class ResponseModule(LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         stepped = not self.trainer.fit_loop._should_accumulate()
         return stepped and step > 0 and (step == 1 or step % every == 0)
+
+    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
+        if self._train_metrics is not None and self.should_log():
+            self.log_train(self._train_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        if self._val_metrics is not None:
+            self.log_validation(self._val_metrics)
 
     def log_train(self, metric: Metric) -> None:
         """Writes a training metric to all loggers at the current optimizer step and resets it. Called on every rank."""

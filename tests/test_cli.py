@@ -11,6 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import bfpo_pl
+
 DPO = ["-c", "configs/base.yaml", "-c", "configs/experiment/dpo.yaml"]
 
 
@@ -128,7 +130,14 @@ def test_help_of_a_component_and_the_list_of_components(bfpo, capsys):
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "g = b3 · (b1 · s_chosen − s_rejected) − alpha" in text
-    assert "--model.labeling.alpha ALPHA Shift of the labels, in [0, b3 · (b1 − 1)]" in text
+    assert "both safe 1/2; safe chosen, unsafe rejected 1; both unsafe −1/2" in text
+    assert "alpha: Shift of the labels, in [0, b3 · (b1 − 1)]" in text
+    assert "--model.labeling.alpha (float, default 0.5)" in text
+    with pytest.raises(SystemExit):
+        bfpo("fit", "--data.streams.mine.source.help=JsonLines")
+    assert "--data.streams.<stream>.source.path (str, required)" in " ".join(capsys.readouterr().out.split())
+    bfpo("components", "Squared")
+    assert "(h − g/tau)²" in capsys.readouterr().out
     bfpo("components")
     text = capsys.readouterr().out
     for name in ("BFPO", "SafetyFirst", "Squared", "RobustLogistic", "FrozenCopy", "AdapterOff", "JsonLines", "LoRA"):
@@ -148,8 +157,6 @@ def test_repeating_a_run_is_bit_for_bit_the_same(bfpo, base, small):
 
 
 def test_a_checkpoint_resumes_and_never_overrides_the_command_line(bfpo, base, small):
-    whole = bfpo("fit", *base, *small, "--trainer.max_steps=4", "--checkpoint.every_n_train_steps=2")
-    [half] = (whole.run_folder / "checkpoints").glob("*step=4*")
     first = bfpo(
         "fit",
         *base,
@@ -160,7 +167,6 @@ def test_a_checkpoint_resumes_and_never_overrides_the_command_line(bfpo, base, s
         "--checkpoint.save_top_k=-1",
     )
     checkpoints = sorted((first.run_folder / "checkpoints").glob("*step=2*"))
-    assert half.is_file()
     assert checkpoints
     resumed = bfpo(
         "fit",
@@ -181,11 +187,15 @@ def test_a_checkpoint_resumes_and_never_overrides_the_command_line(bfpo, base, s
     assert environment["parent_checkpoint"] == str(checkpoints[0])
 
 
-def test_validate_a_run_also_under_another_labeling_or_loss(bfpo, base, small):
+def test_validate_a_run_also_under_another_labeling_or_loss(bfpo, base, small, capsys):
     fitted = bfpo("fit", *base, *small, "--trainer.val_check_interval=2")
     checkpoint = f"--ckpt_path={fitted.run_folder / 'checkpoints' / 'last.ckpt'}"
     config = ["-c", str(fitted.run_folder / "config.yaml")]
+    capsys.readouterr()
     same = bfpo("validate", *config, checkpoint).trainer.callback_metrics
+    shown = capsys.readouterr().out
+    assert "unsafe_safe" in shown
+    assert f"{float(same['val/safety/safe_safe/margin']):.4g}" in shown
     for name, value in fitted.trainer.callback_metrics.items():
         if name.startswith("val/"):
             assert float(same[name]) == float(value), name
@@ -219,6 +229,9 @@ def test_an_export_never_replaces_something_else(bfpo, base, small, tmp_path, ca
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
+CALLBACK = "--trainer.callbacks=bfpo_pl.callbacks.microworld.MicroworldEvaluation"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -226,6 +239,23 @@ def test_an_export_never_replaces_something_else(bfpo, base, small, tmp_path, ca
         (["--model.loss=Sqared"], ["model.loss", "Sqared", "Squared"]),
         (["--model.labeling.alpha=2"], ["BFPO", "alpha", "[0, 1]", "2"]),
         (["--model.labeling.b1=1"], ["BFPO", "b1", "(1,"]),
+        (["--model.labeling.help=Foo"], ["no component 'Foo' for model.labeling", "SafetyFirst"]),
+        (["--model.schedule.warmup=-1"], ["WarmupCosine", "warmup", "-1"]),
+        (["--model.trainable=LoRA", "--model.trainable.r=0"], ["LoRA", "r must lie in [1"]),
+        (["--model.auxiliary=SafeChosenNLL", "--model.auxiliary.weight=-1"], ["SafeChosenNLL", "weight"]),
+        (["--model.chunk_size=0"], ["chunk_size"]),
+        (["--model.optimizer.lr=-1"], ["model.optimizer", "learning rate", "-1"]),
+        (["--model.policy.layers=0"], ["TinyModel", "layers"]),
+        (["--model.policy=HFModel", "--model.policy.path=./nowhere"], ["no folder './nowhere'", "export/"]),
+        (["--data.num_workers=-1"], ["num_workers", "-1"]),
+        (["--data.streams.extra.batch_size=3"], ["source", "adapter", "data.streams"]),
+        (["--trainer.accelerator=gpu"], ["gpu"]),
+        (["--trainer.devices=0"], ["devices"]),
+        (["--seed_everything=-3"], ["-3"]),
+        (["--experiment=../elsewhere"], ["experiment", "'../elsewhere'", "one folder"]),
+        (["--ckpt_path=README.md"], ["checkpoint", "without running code"]),
+        ([CALLBACK, "--trainer.callbacks.split=foo"], ["MicroworldEvaluation", "heldout", "'foo'"]),
+        ([CALLBACK, "--trainer.callbacks.max_prompts=0"], ["MicroworldEvaluation", "max_prompts"]),
         (["--model.loss.tau=0"], ["Squared", "tau", "(0,"]),
         (["--model.loss.tau=much"], ["tau", "much"]),
         (["--model.loss.beta=1"], ["beta", "not accepted"]),
@@ -242,6 +272,51 @@ def test_mistakes_get_one_clear_message(bfpo, base, small, overrides, words, cap
     text = refused(capsys, bfpo, "fit", *base, *small, *overrides)
     for word in words:
         assert word in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_traceback_is_there_for_who_wants_it(bfpo, base, small, monkeypatch):
+    monkeypatch.setenv("BFPO_TRACEBACK", "1")
+    with pytest.raises(bfpo_pl.UserError):
+        bfpo("fit", *base, *small, "--model.labeling.alpha=2")
+
+
+def test_a_bug_keeps_its_traceback(bfpo, base, small, monkeypatch):
+    """Only mistakes of the user are reduced to one message."""
+    monkeypatch.setattr(bfpo_pl.BFPO, "__call__", lambda self, annotations: [].missing)
+    with pytest.raises(AttributeError):
+        bfpo("fit", *base, *small)
+
+
+def test_a_checkpoint_of_another_model_is_named(bfpo, base, small, capsys):
+    run = bfpo("fit", *base, *small)
+    checkpoint = f"--ckpt_path={run.run_folder / 'checkpoints' / 'last.ckpt'}"
+    text = refused(capsys, bfpo, "fit", *base, *small, checkpoint, "--model.policy.layers=1", "--trainer.max_steps=4")
+    assert "another model's: policy.model.layers.1" in text
+
+
+def test_overrides_win_wherever_they_stand(bfpo, base, small):
+    run = bfpo("fit", "--model.loss.tau=0.7", *base, *small)
+    assert run.model.loss.tau == 0.7
+
+
+def test_a_single_callback_and_no_checkpoints(bfpo, base, small, capsys):
+    run = bfpo(
+        "fit", *base, *small, CALLBACK, "--trainer.enable_checkpointing=false", "--data.validation_streams=[safety]"
+    )
+    assert not (run.run_folder / "checkpoints").exists()
+    assert any(type(callback).__name__ == "MicroworldEvaluation" for callback in run.trainer.callbacks)
+
+
+def test_sft_refuses_rejected_responses(bfpo, small, capsys):
+    small = [item for item in small if "max_steps" not in item]
+    assert "rejected" in refused(capsys, bfpo, "sft", "-c", "configs/base.yaml", *small)
+
+
+def test_the_learning_rate_that_is_logged_is_the_one_that_was_used(bfpo, base, small):
+    run = bfpo("fit", *base, *small, "--trainer.max_steps=4", "--model.schedule.warmup=2")
+    rates = [float(row["train/lr"]) / 3e-4 for row in metrics_rows(run.run_folder) if row["train/lr"]]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5])
 
 
 def test_malformed_yaml_names_file_and_line(bfpo, tmp_path, capsys):

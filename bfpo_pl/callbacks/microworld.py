@@ -10,8 +10,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from bfpo_pl.component import check_range
+from bfpo_pl.component import UserError, check_range
 from bfpo_pl.generation import generate
+from bfpo_pl.microworld import SPLITS
 from bfpo_pl.microworld.evaluation import LONGEST_ANSWER, Evaluation, evaluate
 from bfpo_pl.training import ResponseModule
 
@@ -44,15 +45,19 @@ class MicroworldEvaluation(Callback):
         batch_size: int = 192,
         samples: int = 12,
     ) -> None:
+        if split not in SPLITS:
+            raise UserError(f"MicroworldEvaluation: split must be one of {', '.join(SPLITS)}, not '{split}'.")
         self.split = split
         self.split_seed = split_seed
         self.temperatures = tuple(check_range(self, "temperatures", value, 0.0) for value in temperatures)
-        self.max_prompts = max_prompts
-        self.batch_size = batch_size
+        self.max_prompts = None if max_prompts is None else int(check_range(self, "max_prompts", max_prompts, 1))
+        self.batch_size = int(check_range(self, "batch_size", batch_size, 1))
         self.samples = int(check_range(self, "samples", samples, 0))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ResponseModule)
+        if trainer.sanity_checking:
+            return
         for temperature in self.temperatures:
             evaluation = self.evaluate(trainer, pl_module, temperature)
             name = "greedy" if temperature == 0 else f"t{temperature:g}"

@@ -18,7 +18,8 @@ from bfpo_pl.training import ResponseModule
 class Throughput(Callback):
     """Logs pairs and tokens a second over all processes, peak memory, the learning rate and the gradient's norm.
 
-    The gradient's norm is taken before clipping, on the steps that are logged.
+    Peak memory is the largest of any process. The gradient's norm is taken before clipping, on the steps that are
+    logged; the learning rate is the one that the step used.
     """
 
     def __init__(self) -> None:
@@ -27,6 +28,7 @@ class Throughput(Callback):
         self._responses = 0
         self._tokens = 0
         self._norm: Tensor | None = None
+        self._lr = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart()
@@ -35,6 +37,7 @@ class Throughput(Callback):
         self._since, self._pairs, self._responses, self._tokens = time.perf_counter(), 0, 0, 0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._lr = optimizer.param_groups[0]["lr"]
         step = trainer.global_step + 1
         if step == 1 or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
@@ -51,18 +54,20 @@ class Throughput(Callback):
         if not pl_module.should_log():
             return
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        world = trainer.world_size
+        seen = torch.tensor([self._pairs, self._responses, self._tokens], dtype=torch.float64, device=pl_module.device)
+        pairs, responses, tokens = (pl_module.mean_over_ranks(seen) * trainer.world_size / seconds).tolist()
+        memory = torch.tensor(float(peak_memory(pl_module.device)), dtype=torch.float64, device=pl_module.device)
+        memory = trainer.strategy.reduce(memory, reduce_op="max")
         values = {
-            "train/pairs_per_second": self._pairs * world / seconds,
-            "train/responses_per_second": self._responses * world / seconds,
-            "train/tokens_per_second": self._tokens * world / seconds,
-            "train/peak_memory_gb": peak_memory(pl_module.device) / 2**30,
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/pairs_per_second": pairs,
+            "train/responses_per_second": responses,
+            "train/tokens_per_second": tokens,
+            "train/peak_memory_gb": memory.item() / 2**30,
+            "train/lr": self._lr,
         }
         if self._norm is not None:
             values["train/grad_norm"] = self._norm.item()
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        pl_module.write(values)
         self._restart()
 
 

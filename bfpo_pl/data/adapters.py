@@ -9,9 +9,17 @@ from typing import Any, Literal
 from bfpo_pl.component import Component
 from bfpo_pl.data.rows import Message, Row, RowError, messages
 
+_ASSUME_SAFE = "To take responses without safety flags to be safe, set assume_safe: true in the stream."
+
 
 class Adapter(Component, ABC):
-    """Reads the rows of one schema. A new one needs nothing but ``__call__``."""
+    """Reads the rows of one schema. A new one needs nothing but ``__call__``.
+
+    ``flag_fields`` names the fields of a raw row that hold safety flags; a stream with ``assume_safe`` takes those that
+    a row lacks to say safe.
+    """
+
+    flag_fields: tuple[str, ...] = ()
 
     @abstractmethod
     def __call__(self, raw: Mapping[str, Any], origin: str) -> Row:
@@ -33,6 +41,8 @@ class Adapter(Component, ABC):
         """
         if name not in raw:
             remedy = f"{type(self).__name__} needs it; the row has: {', '.join(map(str, raw)) or 'no field'}."
+            if name in self.flag_fields:
+                remedy += f" {_ASSUME_SAFE}"
             raise RowError(origin, name, None, f"the field '{name}' is missing", remedy)
         return raw[name]
 
@@ -44,6 +54,8 @@ class PKUSafeRLHF(Adapter):
         order: What orders the pair. ``helpfulness`` (the paper): chosen is ``better_response_id``. ``safety``: chosen
             is ``safer_response_id``, for rows that carry no helpfulness order.
     """
+
+    flag_fields = ("is_response_0_safe", "is_response_1_safe")
 
     def __init__(self, order: Literal["helpfulness", "safety"] = "helpfulness") -> None:
         self.order = order
@@ -131,6 +143,7 @@ class Columns(Adapter):
         self.prompt, self.chosen, self.rejected = prompt, chosen, rejected
         self.chosen_safe, self.rejected_safe = chosen_safe, rejected_safe
         self.extras = list(extras or ())
+        self.flag_fields = tuple(name for name in (chosen_safe, rejected_safe) if name is not None)
 
     def __call__(self, raw: Mapping[str, Any], origin: str) -> Row:
         prompt = messages(self.field(raw, self.prompt, origin), origin, self.prompt)
@@ -138,8 +151,7 @@ class Columns(Adapter):
         if self.rejected is None:
             return Row.single(prompt, chosen, origin)
         flags = [
-            self._flag(raw, name, origin, f"{side}_safe")
-            for side, name in (("chosen", self.chosen_safe), ("rejected", self.rejected_safe))
+            None if name is None else self._flag(raw, name, origin) for name in (self.chosen_safe, self.rejected_safe)
         ]
         return Row.pair(
             prompt,
@@ -151,11 +163,12 @@ class Columns(Adapter):
             **{name: self.field(raw, name, origin) for name in self.extras},
         )
 
-    def _flag(self, raw: Mapping[str, Any], name: str | None, origin: str, argument: str) -> Any:
-        if name is None:
-            return None
+    def _flag(self, raw: Mapping[str, Any], name: str, origin: str) -> Any:
         if name not in raw:
-            remedy = f"Name its column in adapter.{argument}, or set adapter.{argument}: null if there is none."
+            remedy = (
+                "Name the columns of the flags in adapter.chosen_safe and adapter.rejected_safe, or set both to null "
+                f"if there are none. {_ASSUME_SAFE}"
+            )
             raise RowError(origin, name, None, f"the field '{name}' is missing", remedy)
         return raw[name]
 

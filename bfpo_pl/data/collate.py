@@ -35,48 +35,61 @@ def collate(
         ValueError: A tree lacks a column.
     """
     trees = [tree for _, tree in trees_by_stream]
-    tokens: list[int] = []
-    positions: list[int] = []
-    starts: list[int] = []
-    lengths: list[int] = []
-    response_segment, prompt_segment, response_stream, pair_stream, pairs = [], [], [], [], []  # type: ignore[var-annotated]
-
-    def add_segment(ids: list[int], first_position: int) -> int:
-        starts.append(len(tokens))
-        lengths.append(len(ids))
-        tokens.extend(ids)
-        positions.extend(range(first_position, first_position + len(ids)))
-        return len(starts) - 1
-
+    layout = _Layout()
     for stream, tree in trees_by_stream:
-        first_response = len(response_segment)
-        prompt = add_segment(tree.prompt_ids, 0)
-        for ids in tree.response_ids:
-            response_segment.append(add_segment(ids, len(tree.prompt_ids)))
-            prompt_segment.append(prompt)
-            response_stream.append(stream)
-        for chosen, rejected in tree.pairs:
-            pairs.append((first_response + chosen, first_response + rejected))
-            pair_stream.append(stream)
-
+        layout.add(stream, tree)
     return PairBatch(
-        tokens=_integers(tokens),
-        positions=_integers(positions),
-        segment_start=_integers(starts),
-        segment_length=_integers(lengths),
-        response_segment=_integers(response_segment),
-        prompt_segment=_integers(prompt_segment),
-        response_stream=_integers(response_stream),
-        pair_stream=_integers(pair_stream),
+        tokens=_integers(layout.tokens),
+        positions=_integers(layout.positions),
+        segment_start=_integers(layout.starts),
+        segment_length=_integers(layout.lengths),
+        response_segment=_integers(layout.response_segment),
+        prompt_segment=_integers(layout.prompt_segment),
+        response_stream=_integers(layout.response_stream),
+        pair_stream=_integers(layout.pair_stream),
         stream_weight=torch.tensor(list(weights), dtype=torch.float32),
         annotations=Annotations(
-            pairs=_integers(pairs).view(-1, 2),
+            pairs=_integers(layout.pairs).view(-1, 2),
             response=_columns([(tree.columns, tree.origin) for tree in trees], columns),
             pair=_columns([(tree.pair_columns, tree.origin) for tree in trees], pair_columns),
         ),
         streams=tuple(streams),
         origins=tuple(tree.origin for tree in trees),
     )
+
+
+class _Layout:
+    """The token row as it grows, and where in it the segments, responses and pairs are."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.starts: list[int] = []
+        self.lengths: list[int] = []
+        self.response_segment: list[int] = []
+        self.prompt_segment: list[int] = []
+        self.response_stream: list[int] = []
+        self.pair_stream: list[int] = []
+        self.pairs: list[tuple[int, int]] = []
+
+    def add(self, stream: int, tree: PairTree) -> None:
+        """Puts a tree at the end: the prompt, then its responses."""
+        first_response = len(self.response_segment)
+        prompt = self._add_segment(tree.prompt_ids, 0)
+        for ids in tree.response_ids:
+            self.response_segment.append(self._add_segment(ids, len(tree.prompt_ids)))
+            self.prompt_segment.append(prompt)
+            self.response_stream.append(stream)
+        for chosen, rejected in tree.pairs:
+            self.pairs.append((first_response + chosen, first_response + rejected))
+            self.pair_stream.append(stream)
+
+    def _add_segment(self, ids: list[int], first_position: int) -> int:
+        self.starts.append(len(self.tokens))
+        self.lengths.append(len(ids))
+        self.tokens.extend(ids)
+        self.positions.extend(range(first_position, first_position + len(ids)))
+        return len(self.starts) - 1
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any, Literal
 
 import torch
@@ -13,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bfpo_pl.component import check_range
 from bfpo_pl.data.collate import Collator, Item
+from bfpo_pl.data.progress import in_chunks
 from bfpo_pl.data.reading import DataError, Reading, bad_row_report, read
-from bfpo_pl.data.rows import Row
 from bfpo_pl.data.streams import Key, SequentialSampler, Stream, StreamSampler
 from bfpo_pl.data.templates import ChatTemplate, PairTree, RowEncoder, Truncation
 
@@ -23,7 +24,6 @@ _SPLITS: dict[str | None, tuple[str, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
 }
-_ROWS_WORTH_A_BAR = 20_000
 _TEMPLATE, _TRUNCATION = ChatTemplate(), Truncation()
 
 
@@ -95,7 +95,7 @@ class AlignmentData(LightningDataModule):
         self.template, self.truncation = template, truncation
         self.validation_batch_size = int(check_range(self, "validation_batch_size", validation_batch_size, 1))
         self.on_bad_row = on_bad_row
-        self.num_workers = num_workers
+        self.num_workers = int(check_range(self, "num_workers", num_workers, 0))
         self.seed = seed
         self.report: dict[str, Any] = {}
         """What was read, as plain data: per stream and split rows, dropped rows by reason, quadrants, cuts."""
@@ -143,17 +143,40 @@ class AlignmentData(LightningDataModule):
         readings = [self._read(name, split) for split in splits for name in self._streams_of(split)]
         self._judge(readings)
         encoder = RowEncoder(self.tokenizer, self.template, self.truncation) if readings else None
+        encoded = [self._encode(encoder, reading) for reading in readings if encoder is not None]
+        self._judge(readings)
         for split in splits:
             self._trees[split], self._columns[split] = {}, {}
-        for reading in readings:
-            assert encoder is not None
-            encoder.counts.clear()
-            trees = [encoder(row) for row in _with_bar(reading.rows, f"{reading.stream}, {reading.split}")]
+        for reading, (trees, cuts) in zip(readings, encoded, strict=True):
             self._trees[reading.split][reading.stream] = trees
             self._columns[reading.split][reading.stream] = reading.columns
-            cuts = {name: encoder.counts[name] for name in ("prompts_cut", "responses_cut", "stop_token_in_text")}
-            self.report.setdefault(reading.stream, {})[reading.split] = {**reading.summary(), **cuts}
-            reading.rows = []
+            summary = reading.summary()
+            self.report.setdefault(reading.stream, {})[reading.split] = {**summary, **cuts}
+            if reading.errors:
+                counts = ", ".join(f"{n} × {reason}" for reason, n in summary["dropped"].items())
+                rank_zero_info(f"{reading.stream}, {reading.split}: dropped {len(reading.errors)} rows: {counts}")
+
+    def _encode(self, encoder: RowEncoder, reading: Reading) -> tuple[list[PairTree], dict[str, int]]:
+        """Trees of a split's rows and what was cut; rows that turn out to be useless go to the reading's errors."""
+        label, kept, trees = f"{reading.stream}, {reading.split}", [], []
+        encoder.counts.clear()
+        with closing(in_chunks(reading.rows, label)) as chunks:
+            tokenised = [pair for rows in chunks for pair in zip(rows, encoder.many(rows), strict=True)]
+        for row, tree in tokenised:
+            if error := encoder.fault(row, tree):
+                reading.errors.append(error)
+            else:
+                kept.append(row)
+                trees.append(tree)
+        cuts = {name: encoder.counts[name] for name in ("prompts_cut", "responses_cut", "stop_token_in_text")}
+        if cuts["prompts_cut"] or cuts["responses_cut"]:
+            prompts, responses = len(reading.rows), sum(len(row.responses) for row in reading.rows)
+            rank_zero_info(
+                f"{label}: cut {cuts['responses_cut']:,} of {responses:,} responses and {cuts['prompts_cut']:,} of "
+                f"{prompts:,} prompts to fit max_length {self.truncation.max_length}"
+            )
+        reading.rows = kept
+        return trees, cuts
 
     def _streams_of(self, split: str) -> list[str]:
         if split == "train":
@@ -167,20 +190,20 @@ class AlignmentData(LightningDataModule):
         return read(name, split, stream.source, stream.adapter, stream.assume_safe)
 
     def _judge(self, readings: Sequence[Reading]) -> None:
-        """Fails on bad rows, or says how many are dropped; fails on a stream without rows."""
-        if report := bad_row_report(readings):
-            if self.on_bad_row == "fail":
-                raise DataError(report)
-            for reading in readings:
-                if reading.errors:
-                    counts = ", ".join(f"{n} × {reason}" for reason, n in reading.summary()["dropped"].items())
-                    rank_zero_info(f"{reading.stream}, {reading.split}: dropped {len(reading.errors)} rows: {counts}")
+        """Fails on bad rows, unless they are to be dropped, and on a stream without rows."""
+        if self.on_bad_row == "fail" and (report := bad_row_report(readings)):
+            raise DataError(report)
         for reading in readings:
             if not reading.rows:
                 source = self.streams[reading.stream].source.describe()
                 raise DataError(f"Stream '{reading.stream}' has no row to use in its {reading.split} split: {source}.")
 
     # ------------------------------------------------------------------ columns
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether any row read has a pair of responses, as supervised rows have not; known after `setup`."""
+        return any(tree.pairs for table in self._trees.values() for trees in table.values() for tree in trees)
 
     @property
     def columns(self) -> set[str]:
@@ -298,12 +321,3 @@ class AlignmentData(LightningDataModule):
             # Under sharded strategies the checkpoint is read after `estimated_stepping_batches` may have built the
             # loader and its iterator; the fit loop must ask for them again.
             self.trainer.fit_loop._combined_loader = None
-
-
-def _with_bar(rows: list[Row], label: str) -> Any:
-    """The rows, behind a progress bar if they are many."""
-    if len(rows) <= _ROWS_WORTH_A_BAR or os.environ.get("LOCAL_RANK", "0") != "0":
-        return rows
-    from tqdm.auto import tqdm
-
-    return tqdm(rows, desc=f"tokenising {label}", unit=" rows")

@@ -60,13 +60,15 @@ def read(stream: str, split: str, source: Source, adapter: Adapter, assume_safe:
         split: ``train`` or ``validation``.
         source: Where raw rows come from.
         adapter: What reads them.
-        assume_safe: Take responses without safety flags to be safe.
+        assume_safe: Take responses without safety flags to be safe; flags that are there still must be valid.
     """
     reading = Reading(stream, split)
     for origin, raw in source.rows(split):
         if isinstance(raw, RowError):
             reading.errors.append(raw)
             continue
+        if assume_safe:
+            raw = {**raw, **{name: True for name in adapter.flag_fields if name not in raw}}
         try:
             row = adapter(raw, origin)
         except RowError as error:

@@ -72,7 +72,7 @@ class Row:
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt, self.origin)
-        names = _response_names(self.responses, self.pairs)
+        names = response_names(self.responses, self.pairs)
         if not self.responses:
             raise RowError(self.origin, "responses", self.responses, "there is no response")
         for name, response in zip(names, self.responses, strict=True):
@@ -202,7 +202,13 @@ def number(value: Any, origin: str, name: str) -> float:
     raise RowError(origin, name, value, "the column must hold finite numbers")
 
 
-def _response_names(responses: Sequence[str], pairs: Sequence[tuple[int, int]]) -> list[str]:
+def response_names(responses: Sequence[str], pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """What messages call the responses of a row.
+
+    Args:
+        responses: The responses.
+        pairs: The pairs among them.
+    """
     if len(responses) == 1:
         return ["response"]
     if tuple(pairs) == ((0, 1),) and len(responses) == 2:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError as JinjaError
 
 from bfpo_pl.component import UserError, check_range
-from bfpo_pl.data.rows import Message, Row
+from bfpo_pl.data.rows import Message, Row, RowError, response_names
 
 
 class TemplateError(UserError):
@@ -154,16 +155,78 @@ class RowEncoder:
         Raises:
             TemplateError: The template refuses the conversation, or the rendered prompt is no prefix of it rendered.
         """
-        try:
-            return self._encode(row)
-        except TemplateError as error:
-            raise TemplateError(f"{row.origin}: {error}") from error
+        return self.many([row])[0]
 
-    def _encode(self, row: Row) -> PairTree:
-        turns = self._with_system(row.prompt)
-        prompt_text = self._rendered(turns, generation=True)
-        prompt_ids = self._prompt_ids(prompt_text)
-        responses = [self._response_ids(turns, prompt_text, response) for response in row.responses]
+    def many(self, rows: Sequence[Row]) -> list[PairTree]:
+        """Encodes rows together, which is faster than one after the other and gives the same.
+
+        Args:
+            rows: The rows.
+
+        Raises:
+            TemplateError: As for one row; the message names the row.
+        """
+        try:
+            return self._encode(rows)
+        except TemplateError as error:
+            if len(rows) > 1:
+                return [self(row) for row in rows]  # the row at fault raises again, by name
+            raise TemplateError(f"{rows[0].origin}: {error}") from error
+
+    def fault(self, row: Row, tree: PairTree) -> RowError | None:
+        """What makes a pair useless once it is encoded: its responses became the same; None if they did not.
+
+        Args:
+            row: The row.
+            tree: What it was encoded to.
+        """
+        for chosen, rejected in tree.pairs:
+            ids = tree.response_ids[rejected]
+            if tree.response_ids[chosen] != ids:
+                continue
+            if ids[-1] in self.stop_ids:
+                reason = "the chosen and the rejected response tokenise alike"
+                remedy = "Their texts differ in nothing that the tokenizer or the first stop token leaves of them."
+            else:
+                limit = f"data.truncation.max_length = {self.truncation.max_length}"
+                reason = f"the chosen and the rejected response are identical once truncation cuts them ({limit})"
+                remedy = "Raise data.truncation.max_length."
+            return RowError(
+                row.origin, response_names(row.responses, row.pairs)[rejected], row.responses[rejected], reason, remedy
+            )
+        return None
+
+    def _encode(self, rows: Sequence[Row]) -> list[PairTree]:
+        turns = [self._with_system(row.prompt) for row in rows]
+        prompt_texts = self._rendered_all(turns, generation=True)
+        asked = [index for index, row in enumerate(rows) for _ in row.responses]
+        texts = [text for row in rows for text in row.responses]
+        conversations = [
+            [*turns[index], {"role": "assistant", "content": text}] for index, text in zip(asked, texts, strict=True)
+        ]
+        fulls = self._rendered_all(conversations, generation=False)
+        for index, full in zip(asked, fulls, strict=True):
+            _require_prefix(full, prompt_texts[index])
+        ends = [full[len(prompt_texts[index]) :] for index, full in zip(asked, fulls, strict=True)]
+        prompts = [self._with_bos(ids) for ids in self._encoded(prompt_texts)]
+        responses = iter([self._to_stop(ids) for ids in self._encoded_continuations(ends)])
+        self.counts["stop_token_in_text"] += sum(any(token in text for token in self.stop_tokens) for text in texts)
+        return [
+            self._fitted(
+                row, turns[index], prompt_texts[index], prompts[index], list(islice(responses, len(row.responses)))
+            )
+            for index, row in enumerate(rows)
+        ]
+
+    def _fitted(
+        self,
+        row: Row,
+        turns: list[dict[str, str]],
+        prompt_text: str,
+        prompt_ids: list[int],
+        responses: list[list[int]],
+    ) -> PairTree:
+        """The row's tree, cut where it is too long."""
         limit = self.truncation.max_length
         if len(prompt_ids) + max(map(len, responses)) > limit:
             head = int(prompt_ids[0] == self.tokenizer.bos_token_id)
@@ -181,7 +244,8 @@ class RowEncoder:
         Args:
             prompt: Its turns.
         """
-        return self._prompt_ids(self._rendered(self._with_system(prompt), generation=True))
+        text = self._rendered(self._with_system(prompt), generation=True)
+        return self._with_bos(self._encoded([text])[0])
 
     def _with_system(self, prompt: Sequence[Message]) -> list[dict[str, str]]:
         turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
@@ -190,43 +254,36 @@ class RowEncoder:
         return turns
 
     def _rendered(self, turns: list[dict[str, str]], generation: bool) -> str:
+        return self._rendered_all([turns], generation)[0]
+
+    def _rendered_all(self, conversations: list[list[dict[str, str]]], generation: bool) -> list[str]:
         try:
             return self.tokenizer.apply_chat_template(
-                turns,
+                conversations,
                 chat_template=self.jinja,
                 tokenize=False,
                 add_generation_prompt=generation,
                 **self.template.kwargs,
             )
         except JinjaError as error:
-            roles = ", ".join(turn["role"] for turn in turns)
+            roles = ", ".join(turn["role"] for turn in conversations[0])
             raise TemplateError(f"the chat template refuses a conversation of {roles}: {error}.") from error
 
-    def _encoded(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        given = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return given["input_ids"]
 
-    def _prompt_ids(self, text: str) -> list[int]:
-        """Tokens of the rendered prompt, with the beginning-of-sequence token exactly once if there is one."""
-        ids, bos = self._encoded(text), self.tokenizer.bos_token_id
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """Tokens of a rendered prompt, with the beginning-of-sequence token exactly once if there is one."""
+        bos = self.tokenizer.bos_token_id
         if bos is None:
             return ids
         while len(ids) > 1 and ids[0] == ids[1] == bos:
             ids = ids[1:]
         return ids if ids[:1] == [bos] else [bos, *ids]
 
-    def _response_ids(self, turns: list[dict[str, str]], prompt_text: str, response: str) -> list[int]:
-        """Tokens of one response, tokenised apart from the prompt, up to its first stop token."""
-        full = self._rendered([*turns, {"role": "assistant", "content": response}], generation=False)
-        if not full.startswith(prompt_text):
-            same = next((i for i, (a, b) in enumerate(zip(full, prompt_text, strict=False)) if a != b), len(full))
-            raise TemplateError(
-                "The chat template renders the prompt otherwise when a response follows, so no token boundary lies "
-                f"between them (they part at character {same}: {prompt_text[same : same + 20]!r} against "
-                f"{full[same : same + 20]!r}). Set data.template.kwargs (for instance enable_thinking), or "
-                "data.template.chat_template."
-            )
-        self.counts["stop_token_in_text"] += any(token in response for token in self.stop_tokens)
-        ids = self._encoded_continuation(full[len(prompt_text) :])
+    def _to_stop(self, ids: list[int]) -> list[int]:
+        """Tokens of a response up to its first stop token; with one put after them if there is none."""
         end = next((index for index, token in enumerate(ids) if token in self.stop_ids), None)
         return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]
 
@@ -235,7 +292,7 @@ class RowEncoder:
         without = self._rendered(turns, generation=False)
         if not prompt_text.startswith(without) or len(prompt_text) == len(without):
             return 0
-        header = self._encoded_continuation(prompt_text[len(without) :])
+        header = self._encoded_continuations([prompt_text[len(without) :]])[0]
         return len(header) if prompt_ids[-len(header) :] == header else 0
 
     def _token_id(self, token: str) -> int:
@@ -246,16 +303,30 @@ class RowEncoder:
 
     def _dummy_prefix_sentinel(self) -> list[int] | None:
         """Tokens of a line break, if this tokenizer puts a space before any text (sentencepiece); None if not."""
-        sentinel = self._encoded("\n")
-        after = self._encoded("\na")
-        if sentinel and after[: len(sentinel)] == sentinel and after[len(sentinel) :] != self._encoded("a"):
+        sentinel, after, alone = self._encoded(["\n", "\na", "a"])
+        if sentinel and after[: len(sentinel)] == sentinel and after[len(sentinel) :] != alone:
             return sentinel
         return None
 
-    def _encoded_continuation(self, text: str) -> list[int]:
-        """Tokens of text that follows other text: without the space that sentencepiece puts before a first word."""
-        if self._sentinel is not None:
-            ids = self._encoded("\n" + text)
-            if ids[: len(self._sentinel)] == self._sentinel:
-                return ids[len(self._sentinel) :]
-        return self._encoded(text)
+    def _encoded_continuations(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts that follow other text: without the space that sentencepiece puts before a first word."""
+        if self._sentinel is None:
+            return self._encoded(texts)
+        size = len(self._sentinel)
+        return [
+            ids[size:] if ids[:size] == self._sentinel else self._encoded([text])[0]
+            for text, ids in zip(texts, self._encoded(["\n" + text for text in texts]), strict=True)
+        ]
+
+
+def _require_prefix(full: str, prompt: str) -> None:
+    """Demands that a rendered conversation begins with its rendered prompt."""
+    if full.startswith(prompt):
+        return
+    same = next((i for i, (a, b) in enumerate(zip(full, prompt, strict=False)) if a != b), len(full))
+    raise TemplateError(
+        "The chat template renders the prompt otherwise when a response follows, so no token boundary lies "
+        f"between them (they part at character {same}: {prompt[same : same + 20]!r} against "
+        f"{full[same : same + 20]!r}). Set data.template.kwargs (for instance enable_thinking), or "
+        "data.template.chat_template."
+    )

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bfpo_pl.component import Component, UserError
+from bfpo_pl.component import Component, UserError, check_range
 
 
 class ModelSourceError(UserError):
@@ -155,7 +155,7 @@ class TinyModel(ModelSource):
         if hidden_size % heads:
             raise UserError(f"TinyModel: heads ({heads}) must divide hidden_size ({hidden_size}).")
         self.hidden_size = hidden_size
-        self.layers = layers
+        self.layers = int(check_range(self, "layers", layers, 1))
         self.heads = heads
         self.intermediate_size = intermediate_size
         self.initializer_range = initializer_range

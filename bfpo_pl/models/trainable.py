@@ -71,7 +71,7 @@ class LoRA(TrainablePart):
     Args:
         r: Rank of the update.
         alpha: Its scale is alpha / r.
-        dropout: Dropout of the adapter's input. Must be 0 for the check that the first margin is 0.
+        dropout: Dropout of the adapter's input.
         target_modules: Names of the linear modules that get an adapter, or ``all-linear``.
     """
 

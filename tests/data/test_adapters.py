@@ -114,8 +114,10 @@ def test_columns_by_name():
 
 def test_columns_without_flags_or_rejected():
     raw = {"prompt": "?", "chosen": "a", "rejected": "b"}
-    with pytest.raises(RowError, match=r"chosen_safe = None: .*adapter\.chosen_safe: null"):
+    with pytest.raises(RowError, match=r"chosen_safe = None: .*adapter\.chosen_safe and adapter\.rej") as caught:
         Columns()(raw, "f:1")
+    assert "set assume_safe: true in the stream" in caught.value.remedy
+    assert Columns("q", rejected_safe=None).flag_fields == ("chosen_safe",)
     assert Columns(chosen_safe=None, rejected_safe=None)(raw, "f:1").columns == {}
     single = Columns(chosen="response", rejected=None)({"prompt": "?", "response": "a"}, "f:1")
     assert (single.responses, single.pairs) == (("a",), ())

@@ -5,6 +5,8 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 
+from bfpo_pl.component import UserError
+from bfpo_pl.data import datamodule
 from bfpo_pl.data.adapters import Columns, Messages, PKUSafeRLHF, UltraFeedbackBinarized
 from bfpo_pl.data.datamodule import AlignmentData
 from bfpo_pl.data.microworld_sources import MicroworldHelpfulness, MicroworldSafety, MicroworldSFT
@@ -136,6 +138,79 @@ def test_streams_without_rows_and_cuts(write_jsonl, kit):
     data = ready({"mine": Stream(source, Columns(), 2)}, tokenizer=plain_tokenizer(kit), truncation=Truncation(70, 40))
     assert data.report["mine"]["train"]["prompts_cut"] == 1
     assert data.report["mine"]["train"]["responses_cut"] == 1
+
+
+def test_pairs_that_truncation_makes_identical(write_jsonl, kit, monkeypatch):
+    said = []
+    monkeypatch.setattr(datamodule, "rank_zero_info", said.append)
+    answers = ("seven words are in this first answer", "seven words are in this other answer")
+    long = {**GOOD, "chosen": answers[0], "rejected": answers[1]}
+    path = write_jsonl([GOOD, long, {**long, "chosen": "no"}, {**GOOD, "chosen_safe": "yes"}])
+
+    def of(**kwargs):
+        stream = Stream(JsonLines(path), Columns(), 2)
+        return ready({"mine": stream}, tokenizer=plain_tokenizer(kit), truncation=Truncation(34, 30), **kwargs)
+
+    data = of(on_bad_row="drop")
+    report = data.report["mine"]["train"]
+    reason = "the chosen and the rejected response are identical once truncation cuts them"
+    assert report["rows"] == sum(report["quadrants"].values()) == 2
+    assert report["dropped"].pop(f"{reason} (data.truncation.max_length = 34)") == 1
+    assert len(report["dropped"]) == 1
+    origins = {origin for batch in data.train_dataloader() for origin in batch.origins}
+    assert origins == {f"{path}:1", f"{path}:3"}
+    assert said[0] == "mine, train: cut 3 of 6 responses and 0 of 3 prompts to fit max_length 34"
+    assert said[1].startswith("mine, train: dropped 2 rows: 1 × a safety flag must")
+    assert len(said) == 2
+
+    path = write_jsonl([GOOD, long], "cut.jsonl")
+    with pytest.raises(DataError, match=rf"mine, train: 1 of 2: {reason}") as caught:
+        of()
+    assert f"{path}:2: rejected = 'seven words" in str(caught.value)
+    assert "Raise data.truncation.max_length" in str(caught.value)
+    path = write_jsonl([long], "all.jsonl")
+    with pytest.raises(DataError, match="no row to use"):
+        of(on_bad_row="drop")
+
+
+def test_nothing_is_said_where_nothing_is_cut(monkeypatch):
+    said = []
+    monkeypatch.setattr(datamodule, "rank_zero_info", said.append)
+    ready({"safety": safety()})
+    assert said == []
+
+
+@pytest.mark.parametrize("adapter", [Columns(), PKUSafeRLHF()])
+def test_flag_fields_that_no_row_has_can_be_taken_as_safe(adapter, write_jsonl, kit):
+    pku = {"response_0": "a", "response_1": "b", "better_response_id": 0}
+    raw = {"prompt": "p", "chosen": "a", "rejected": "b", **pku}
+    rows = [raw, {**raw, adapter.flag_fields[0]: False}]
+
+    def of(rows, assume_safe):
+        stream = Stream(JsonLines(write_jsonl(rows)), adapter, 2, assume_safe=assume_safe)
+        return ready({"mine": stream}, tokenizer=plain_tokenizer(kit))
+
+    data = of(rows, True)
+    assert data.report["mine"]["train"]["quadrants"]["safe_safe"] == 1
+    assert data.report["mine"]["train"]["quadrants"]["unsafe_safe"] == 1
+    with pytest.raises(DataError, match="assume_safe: true in the stream"):
+        of(rows, False)
+    with pytest.raises(DataError, match="a safety flag must be"):
+        of([raw, {**raw, adapter.flag_fields[0]: "yes"}], True)
+
+
+def test_has_pairs():
+    pairs = {"safety": safety()}
+    assert not AlignmentData(pairs).has_pairs
+    assert ready(pairs).has_pairs
+    supervised = {"sft": Stream(MicroworldSFT(10), Messages(), 5)}
+    assert not ready(supervised).has_pairs
+    assert ready({**supervised, **pairs}).has_pairs
+
+
+def test_a_negative_number_of_workers_is_refused():
+    with pytest.raises(UserError, match="AlignmentData: num_workers must lie in"):
+        AlignmentData({"safety": safety()}, num_workers=-1)
 
 
 def test_the_same_batches_for_any_number_of_workers():

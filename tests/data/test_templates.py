@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from bfpo_pl.data.rows import Row
+from bfpo_pl.data.rows import Message, Row
 from bfpo_pl.data.templates import ChatTemplate, RowEncoder, TemplateError, Truncation
 from bfpo_pl.microworld import build_tokenizer, safety_rows
 
@@ -50,6 +50,16 @@ def test_boundary_and_special_tokens(encoder, kit):
         for ids in tree.response_ids:
             assert ids[-1] == tokenizer.eos_token_id
             assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_many_rows_together_are_encoded_as_one_by_one(encoder, kit):
+    rows = list(random_rows(" ".join(kit.TEXTS).split(" "), 20, seed=2))
+    rows += [Row.single("one", "a</s>b"), Row((Message("user", "three"),), ("a", "b", "c"), ((2, 0),))]
+    for truncation in (LONG, Truncation(90, 60), Truncation(90, 60, "start")):
+        together, alone = (RowEncoder(encoder.tokenizer, encoder.template, truncation) for _ in range(2))
+        assert together.many(rows) == [alone(row) for row in rows]
+        assert together.counts == alone.counts
+        assert (truncation is LONG) == (together.counts["prompts_cut"] == 0)
 
 
 def test_text_comes_back(encoder, kit):
@@ -184,6 +194,11 @@ def test_what_a_template_refuses_is_named():
     encoder = RowEncoder(build_tokenizer(), ChatTemplate(system="Be good."), Truncation())
     with pytest.raises(TemplateError, match=r"f:3: the chat template refuses a conversation of system, user: .*system"):
         encoder(Row.single("open the window", "no", "f:3"))
+    fine = [{"role": "system", "content": "no"}, {"role": "user", "content": "open"}]
+    with pytest.raises(TemplateError, match=r"^g:2: the chat template refuses a conversation of system, user:"):
+        RowEncoder(build_tokenizer(), ChatTemplate(), Truncation()).many(
+            [Row.single("open the window", "no", "g:1"), Row.single(fine, "no", "g:2")]
+        )
 
 
 def test_a_stop_token_in_the_text_is_counted(kit):
@@ -192,6 +207,27 @@ def test_a_stop_token_in_the_text_is_counted(kit):
     tree = encoder(Row.pair("p", "one</s>two", "three"))
     assert tokenizer.decode(tree.response_ids[0]) == "one</s>"
     assert +encoder.counts == {"stop_token_in_text": 1}
+
+
+def test_a_pair_that_is_the_same_in_tokens_is_a_fault(kit):
+    tokenizer = kit.byte_level()
+
+    def fault(chosen, rejected, truncation=LONG):
+        encoder = RowEncoder(tokenizer, ChatTemplate(kit.PLAIN), truncation)
+        row = Row.pair("p", chosen, rejected, origin="f:1")
+        return encoder.fault(row, encoder(row))
+
+    same = "the same beginning of both, "
+    assert fault(same + "a", same + "b") is None
+    cut = fault(same + "a", same + "b", Truncation(16, 15))
+    assert (cut.origin, cut.field, cut.value) == ("f:1", "rejected", repr(same + "b"))
+    assert cut.reason.endswith("identical once truncation cuts them (data.truncation.max_length = 16)")
+    assert fault("ab", "cd" + same, Truncation(16, 15)) is None
+    alike = fault("yes</s>one", "yes</s>another")
+    assert alike.reason == "the chosen and the rejected response tokenise alike"
+    row = Row((Message("user", "p"),), (same + "a", "x", same + "b"), ((1, 0),))
+    encoder = RowEncoder(tokenizer, ChatTemplate(kit.PLAIN), Truncation(16, 15))
+    assert encoder.fault(row, encoder(row)) is None, "only pairs must differ"
 
 
 def test_truncation_limits(kit):

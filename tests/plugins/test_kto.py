@@ -96,6 +96,21 @@ def test_rows_get_the_responses_of_the_row_before():
     assert third.responses == ("c1", "c2")  # the same prompt before it: nothing mismatched there
 
 
+def test_no_row_borrows_from_another_split_or_an_earlier_reading():
+    adapter = WithMismatched(Columns())
+
+    def read(*origins):
+        flags = {"chosen_safe": 1, "rejected_safe": 0}
+        return [len(adapter({"prompt": o, "chosen": "1", "rejected": "2", **flags}, o).responses) for o in origins]
+
+    train, validation = ("data[train]:0", "data[train]:1", "data[train]:5"), ("data[test]:6", "data[test]:10")
+    assert read(*train) == [2, 4, 4]
+    assert read(*validation) == [2, 4]
+    assert read(*train) == [2, 4, 4]
+    assert read(*train) == [2, 4, 4]
+    assert read("f:1") == read("f:1") == [2]
+
+
 def test_experiment_runs_with_mismatched_responses_and_learns_none_of_them(fit):
     cli = fit("kto")
     assert cli.trainer.global_step == 2
