@@ -24,7 +24,7 @@ from bfpo_pl.callbacks.export import ExportHF
 from bfpo_pl.callbacks.progress import progress_callback
 from bfpo_pl.callbacks.record import RunRecord
 from bfpo_pl.callbacks.throughput import Throughput
-from bfpo_pl.component import Component, UserError
+from bfpo_pl.component import UserError
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.plugins import Plugin
 from bfpo_pl.runs import new_run_folder
@@ -37,18 +37,17 @@ def _discard_all_init_args(parser_or_action: Any, prev_val: Any, value: Any) -> 
     jsonargparse keeps those that the new class accepts (its issue #460): `--model.loss=Hinge` over a config with
     `Logistic(beta=0.3)` would silently train with beta 0.3.
     """
-    if prev_val and prev_val.get("class_path") and "init_args" in prev_val:
-        new = import_object(value["class_path"])
-        if issubclass(new, Component) and new is not import_object(prev_val["class_path"]):
-            for key in list(prev_val["init_args"].keys()):
-                prev_val["init_args"].pop(key, None)
-            return
-    _discard_unknown_init_args(parser_or_action, prev_val, value)
+    known = prev_val and prev_val.get("class_path") and "init_args" in prev_val
+    if known and import_object(value["class_path"]) is not import_object(prev_val["class_path"]):
+        for key in list(prev_val["init_args"].keys()):
+            prev_val["init_args"].pop(key, None)
+    else:
+        _discard_unknown_init_args(parser_or_action, prev_val, value)
 
 
-_discard_unknown_init_args = typehints.discard_init_args_on_class_path_change
 if not hasattr(typehints, "discard_init_args_on_class_path_change"):  # pragma: no cover - a future jsonargparse
     raise ImportError("This jsonargparse merges swapped classes in a new way; install the version in constraints.txt.")
+_discard_unknown_init_args = typehints.discard_init_args_on_class_path_change
 typehints.discard_init_args_on_class_path_change = _discard_all_init_args
 
 

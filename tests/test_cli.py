@@ -110,6 +110,11 @@ def test_a_swapped_class_takes_over_no_argument(bfpo, base, small, tmp_path, cap
     assert "--model.loss.beta" in text
     run = bfpo("fit", *DPO, *small, "--model.loss=RobustLogistic", "--model.loss.beta=0.2")
     assert repr(run.model.loss) == "RobustLogistic(beta=0.2, label_smoothing=0.1)"
+    text = refused(capsys, bfpo, "fit", *DPO, *small, "--model.policy=HFModel")  # TinyModel's arguments do not linger
+    assert "required: path" in text
+    optimizer = "--model.optimizer=torch.optim.RMSprop"
+    run = bfpo("fit", *DPO, *small, optimizer)
+    assert run.trainer.optimizers[0].defaults["lr"] == 0.01  # its own default, not AdamW's 3e-4
     over = tmp_path / "over.yaml"
     over.write_text("model: {loss: {class_path: Hinge}}\n")
     assert "required: beta" in refused(capsys, bfpo, "fit", *DPO, "-c", str(over), *small)
