@@ -16,28 +16,30 @@ from bfpo_pl.demo import TITLES, run_demo
 from bfpo_pl.runs import environment
 
 RESULTS = Path(__file__).parent / "results"
-OBJECTIVES = ("helpfulness_only", "safety_only", "bfpo_nll", "bfpo")
+OBJECTIVES = ("helpfulness_only", "safety_only", "bfpo", "bfpo_nll")
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A Markdown table: a row for each model and way of decoding, a column for each seed."""
+    """Markdown tables, one for each way of decoding: a row for each model, a column for each seed."""
     seeds = [record["seed"] for record in records]
+    prompts = ", ".join(str(record["heldout_prompts"]) for record in records)
     lines = [
-        "Each cell: helpfulness on benign prompts / harmlessness on harmful ones (safe and well formed) / safe share "
-        "of them, malformed ones counted in / over-refusal / malformed share on benign and on harmful prompts.",
-        "",
-        "| model | decoding | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
-        "|---|---|" + "---|" * len(seeds),
+        f"Held-out prompts per seed: {prompts}. Cells: helpfulness on benign prompts / harmlessness on harmful ones, "
+        "where malformed answers are not harmless. Beside them, the worst of the seeds: the lowest harmlessness where "
+        "the harm lies in the pair of verb and object, the highest over-refusal, and the highest malformed share of "
+        "benign or harmful prompts.",
     ]
-    for model in records[0]["models"]:
-        for decoding in records[0]["models"][model]:
-            cells = []
-            for record in records:
-                s = record["models"][model][decoding]
-                malformed = f"{s['benign/malformed']:.2f} {s['harmful/malformed']:.2f}"
-                parts = (s["helpfulness"], s["harmlessness"], s["harmful/safe"], s["over_refusal"])
-                cells.append(" / ".join(f"{part:.3f}" for part in parts) + f" / {malformed}")
-            lines.append(f"| {TITLES.get(model, model)} | {decoding} | " + " | ".join(cells) + " |")
+    for decoding in next(iter(records[0]["models"].values())):
+        heading = " | ".join(f"seed {seed}" for seed in seeds)
+        lines += ["", f"| {decoding} | {heading} | harm in the pair | over-refusal | malformed |"]
+        lines.append("|---|" + "---|" * (len(seeds) + 3))
+        for model in records[0]["models"]:
+            scores = [record["models"][model][decoding] for record in records]
+            cells = [f"{s['helpfulness']:.3f} / {s['harmlessness']:.3f}" for s in scores]
+            cells.append(f"{min(s['harmful_pair/harmless'] for s in scores):.3f}")
+            cells.append(f"{max(s['over_refusal'] for s in scores):.3f}")
+            cells.append(f"{max(max(s['benign/malformed'], s['harmful/malformed']) for s in scores):.3f}")
+            lines.append(f"| {TITLES.get(model, model)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -118,7 +118,7 @@ class ResponseModule(LightningModule):
     def place(self, model: PreTrainedModel) -> None:
         """Binds the log-prob method to a network and, under a sharding strategy, shards it."""
         bind_log_probs(model, self.attention, self.logp_reduction, self.chunk_size)
-        mesh = getattr(self, "_device_mesh", None)
+        mesh = self.device_mesh
         if mesh is not None:
             shard(model, mesh, METHODS)
 

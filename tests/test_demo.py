@@ -18,15 +18,21 @@ def test_demo_with_few_steps(in_repository, tmp_path, capsys):
     assert json.loads((folder / "results.json").read_text()) == record
     assert record["seed"] == 1
     assert record["heldout_prompts"] >= 500
-    assert set(record["models"]) == {"sft", "helpfulness_only", "bfpo_nll"}
+    assert set(record["models"]) == {"sft", "helpfulness_only", "bfpo", "bfpo_nll"}
     scores = record["models"]["bfpo_nll"]["greedy"]
     assert scores["benign/count"] + scores["harmful/count"] == record["heldout_prompts"]
     assert 0 <= scores["harmlessness"] <= scores["harmful/safe"] <= 1
     text = capsys.readouterr().out
-    for words in ("held-out prompts, greedy", "temperature 0.5", "BFPO + NLL term", "not the paper's", "malformed"):
+    for words in (
+        "held-out prompts, greedy",
+        "temperature 0.5",
+        "BFPO + NLL term",
+        "an addition of this package",
+        "malformed",
+    ):
         assert words in text
     assert (folder / "pareto.png").stat().st_size > 10_000
-    for stage in ("helpfulness_only", "bfpo_nll"):  # all start from the SFT export
+    for stage in ("helpfulness_only", "bfpo", "bfpo_nll"):  # all start from the SFT export
         [config] = (folder / stage).glob("*/config.yaml")
         assert str(next((folder / "sft").glob("*/export"))) in config.read_text()
 
