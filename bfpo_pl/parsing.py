@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse._typehints as typehints
+import wandb
 import yaml
 from jsonargparse import Namespace
 from jsonargparse._util import import_object
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -182,6 +183,16 @@ class BFPOCLI(LightningCLI):
                 part.check()
         if self.subcommand == "validate" and not self.config[self.subcommand].get("ckpt_path"):
             rank_zero_info("No --ckpt_path: what is validated is the policy as its source gives it, before any fit.")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        failed = True
+        try:
+            super()._run_subcommand(subcommand)
+            failed = False
+        finally:
+            # Else the next run of this process would go on in this one's W&B run.
+            if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
+                wandb.finish(exit_code=int(failed))
 
     def after_fit(self) -> None:
         self._show_validation()

@@ -22,7 +22,10 @@ def files(folder):
 
 
 class ParsedOnly(BFPOCLI):
-    """Instantiates everything, the Trainer among it, and runs nothing."""
+    """Instantiates everything, the Trainer among it; runs nothing and asks no Hub."""
+
+    def after_instantiate_classes(self):
+        pass
 
     def _run_subcommand(self, subcommand):
         pass

@@ -21,11 +21,11 @@ def fit(tmp_path, monkeypatch, float64):
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("BFPO_PLUGINS", raising=False)
 
-    def run(experiment, *overrides):
+    def run(experiment, *overrides, streams=("safety", "helpfulness")):
         torch.set_default_dtype(torch.float32)  # whatever the rest of the test computes in
         few = [
             f"--data.streams.{stream}.{key}"
-            for stream in ("safety", "helpfulness")
+            for stream in streams
             for key in ("batch_size=4", "source.init_args.count=16", "source.init_args.validation_count=6")
         ]
         configs = ["-c", "configs/base.yaml", "-c", f"configs/experiment/{experiment}.yaml"]

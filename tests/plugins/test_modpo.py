@@ -77,8 +77,9 @@ def test_score_column_of_the_data(fit, tmp_path):
         "      source: {class_path: MicroworldHelpfulness, init_args: {count: 8}}\n"
         "      adapter: UltraFeedbackBinarized\n      batch_size: 4\n  driver: helpfulness\n"
     )
-    # The file comes last, so that it replaces both streams.
-    cli = fit("modpo", "-c", str(streams), "--model.labeling.column=score", "--trainer.limit_val_batches=0")
+    # The file replaces both streams.
+    column = "--model.labeling.column=score"
+    cli = fit("modpo", "-c", str(streams), column, "--trainer.limit_val_batches=0", streams=("helpfulness",))
     assert cli.trainer.global_step == 2
     batch = next(iter(cli.datamodule.train_dataloader()))
     scores = batch.annotations
