@@ -1,7 +1,7 @@
 # make demo    see BFPO work, in minutes, on two CPU cores
 # make test    the tests
 #
-# Each target makes .venv itself, with the tested versions of constraints.txt; all it needs is Python >= 3.10 with venv.
+# Each target makes .venv itself, with the tested versions of constraints.txt; all it needs is Python >= 3.11 with venv.
 #
 #   PYTHON=python3.12 make test                                           another interpreter
 #   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu make test        another build of torch: here the small one
@@ -51,7 +51,7 @@ clean:  ## Removes the environment and all caches (not runs/)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch first and by itself, so that its build is chosen here. By default that is PyPI's, unless pip is told otherwise
