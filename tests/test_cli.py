@@ -401,3 +401,15 @@ def test_bf16_starts_at_margin_zero_and_keeps_soft_flags(bfpo, base, small, prec
         batch.annotations["chosen_safe"].sum()
     )
     assert targets.dtype == torch.float32
+
+
+def test_a_run_that_must_stop_says_why_and_names_the_rows(bfpo, base, small, monkeypatch, capsys):
+    """A loss that is not finite: exit code 1, one message with the rows of that step, and no export."""
+    monkeypatch.setattr(bfpo_pl.Squared, "__call__", lambda self, log_probs, label: log_probs.margin() * torch.nan)
+    with pytest.raises(SystemExit) as caught:
+        bfpo("fit", *base, *small)
+    assert caught.value.code == 1
+    text = capsys.readouterr().err
+    assert "bfpo: error: The loss was NaN or infinite at optimizer step 0" in text
+    assert "MicroworldSafety[train]:" in text
+    assert "Traceback" not in text
