@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import sys
 import traceback
 import warnings
@@ -136,6 +137,8 @@ def _explained(error: BaseException) -> tuple[str, int]:
             "The checkpoint cannot be read without running code from it, so it is refused.",
             2,
         )
+    if type(error).__module__.startswith("wandb"):
+        return f"W&B: {error} Or log without a network: `-c configs/logger/wandb_offline.yaml`.", 2
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, ValueError) and "/lightning/" in frames[-1].filename.replace("\\", "/"):
         return str(error), 2  # Lightning says so of its own arguments
@@ -152,7 +155,10 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*Total length of `(list|DataLoader|CombinedLoader)` across ranks is zero.*")
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")  # the first step is always logged
+    said = re.compile("litlogger|^TPU available|^GPU available: False")
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: not said.search(str(record.msg)))
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jsonargparse._typehints as typehints
 import wandb
@@ -55,9 +55,12 @@ typehints.discard_init_args_on_class_path_change = _discard_all_init_args
 class Parser(LightningArgumentParser):
     """A parser whose errors say what is known and what to do, without the five hundred lines of usage."""
 
+    typed: ClassVar[list[str]] = []
+    """The command line as typed, to name the key of which a message gives the last part only."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sys.stderr.write(f"bfpo: error: {_readable(message)}\n")
-        hint = _hint(message)
+        hint = _hint(message, self.typed)
         if hint:
             sys.stderr.write(f"{hint}\n")
         sys.exit(2)
@@ -68,7 +71,7 @@ def _readable(message: str) -> str:
     return re.sub(r"(Subcommand|Parser) key", "key", text)
 
 
-def _hint(message: str) -> str:
+def _hint(message: str, typed: list[str]) -> str:
     """What to type instead, for the mistakes that one makes."""
     lines = []
     for key, base in COMPONENTS.items():
@@ -88,8 +91,15 @@ def _hint(message: str) -> str:
                     f"--{key}.{argument} is an argument of {', '.join(takers)}. A class named anew takes over no "
                     f"argument of the one before it."
                 )
-    if "is not accepted" in message:
-        lines.append("`bfpo fit --model.loss.help=Squared`, for instance, lists the arguments of a component.")
+    if refused := re.search(r"[Oo]ption '(\w+)' is not accepted", message):
+        for option in (item.partition("=")[0] for item in typed):
+            if option.endswith(f".{refused[1]}"):
+                key = option.removeprefix("--").rpartition(".")[0].removesuffix(".init_args")
+                lines.append(
+                    f"The class at {key} has no argument '{refused[1]}': `bfpo fit --{key}.help=CLASS` lists them."
+                )
+                if key.endswith(".source"):
+                    lines.append("For a file of your own add `-c configs/data/jsonl.yaml`.")
     if "model.labeling" in message and "required" in message:
         lines.append(
             "An experiment names them both: add `-c configs/experiment/bfpo.yaml`, or on the command line "
@@ -152,6 +162,7 @@ class BFPOCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         check_config_files(args)
+        Parser.typed = list(args)
         asked = help_asked(args)
         if asked and asked[1] and (key := component_key(asked[0])):
             print(describe(asked[1], key))
@@ -195,6 +206,13 @@ class BFPOCLI(LightningCLI):
                 wandb.finish(exit_code=int(failed))
 
     def after_fit(self) -> None:
+        report = getattr(self.datamodule, "report", {}).values()
+        rows = sum(splits.get("validation", {}).get("rows", 0) for splits in report)
+        if rows and not any(name.startswith("val/") for name in self.trainer.callback_metrics):
+            rank_zero_info(
+                f"Validation never ran on its {rows} rows: this run ended before trainer.val_check_interval. Lower it, "
+                f"or run `bfpo validate -c {self.run_folder}/config.yaml --ckpt_path CHECKPOINT`."
+            )
         self._show_validation()
 
     def after_validate(self) -> None:

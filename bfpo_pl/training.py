@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
@@ -195,6 +196,11 @@ class ResponseModule(LightningModule):
         Raises:
             UserError: They are another model's; the message names the first that differs.
         """
+        step, last = int(checkpoint.get("global_step", 0)), self.trainer.max_steps
+        if self.trainer.state.fn == TrainerFn.FITTING and 0 < last <= step:
+            raise UserError(
+                f"The checkpoint is at step {step} and trainer.max_steps is {last}: nothing is left to train. Raise it."
+            )
         own = self.state_dict()
         saved = checkpoint.get("state_dict", {})
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}

@@ -258,6 +258,9 @@ CALLBACK = "--trainer.callbacks=bfpo_pl.callbacks.microworld.MicroworldEvaluatio
         (["--trainer.devices=0"], ["devices"]),
         (["--seed_everything=-3"], ["-3"]),
         (["--experiment=../elsewhere"], ["experiment", "'../elsewhere'", "one folder"]),
+        (["--ckpt_path=last"], ["every run has a folder of its own"]),
+        (["--ckpt_path=configs"], ["'configs' is a folder", "none"]),
+        (["--data.streams.safety.source.path=x"], ["data.streams.safety.source", "'path'", "configs/data/jsonl.yaml"]),
         (["--ckpt_path=README.md"], ["checkpoint", "without running code"]),
         ([CALLBACK, "--trainer.callbacks.split=foo"], ["MicroworldEvaluation", "heldout", "'foo'"]),
         ([CALLBACK, "--trainer.callbacks.max_prompts=0"], ["MicroworldEvaluation", "max_prompts"]),
@@ -298,6 +301,33 @@ def test_a_checkpoint_of_another_model_is_named(bfpo, base, small, capsys):
     checkpoint = f"--ckpt_path={run.run_folder / 'checkpoints' / 'last.ckpt'}"
     text = refused(capsys, bfpo, "fit", *base, *small, checkpoint, "--model.policy.layers=1", "--trainer.max_steps=4")
     assert "another model's: policy.model.layers.1" in text
+
+
+def test_a_checkpoint_with_nothing_left_to_train_says_so(bfpo, base, small, capsys):
+    run = bfpo("fit", *base, *small)
+    text = refused(capsys, bfpo, "fit", *base, *small, f"--ckpt_path={run.run_folder / 'checkpoints' / 'last.ckpt'}")
+    assert "step 2 and trainer.max_steps is 2" in text
+
+
+def test_text_that_the_tokenizer_does_not_know_stops_the_run(bfpo, base, small, tmp_path, capsys):
+    """The embedded model is the default: own data without a model of one's own would train on <unk>."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(
+        json.dumps(ROW | {"prompt": "Where is Ulm?", "chosen": "On the Danube.", "rejected": "No idea."}) + "\n"
+    )
+    small = [item for item in small if "streams" not in item]
+    source = f"--data.streams.safety.source.path={file}"
+    text = refused(capsys, bfpo, "fit", *base, "-c", "configs/data/jsonl.yaml", *small, source)
+    assert "of the tokens are <unk>" in text
+    assert "model.policy" in text
+
+
+def test_validation_that_has_no_rows_or_never_runs_is_said(bfpo, base, small, caplog, capsys):
+    none = "--data.streams.safety.source.validation_count=0"
+    assert "no validation rows" in refused(capsys, bfpo, "validate", *base, *small, none)
+    with caplog.at_level("INFO"):
+        bfpo("fit", *base, *small)
+    assert "Validation never ran on its 12 rows" in caplog.text
 
 
 def test_overrides_win_wherever_they_stand(bfpo, base, small):

@@ -54,9 +54,11 @@ def test_every_experiment_runs_two_steps(path, bfpo, small, small_safety):
     assert run.run_folder.parent.name == Path(path).stem
 
 
-@pytest.mark.parametrize(
-    "path", files("model") + files("data") + files("reference") + files("logger") + files("strategy")
-)
+SFT_DATA = "configs/data/sft_jsonl.yaml"
+OTHERS = [path for folder in ("model", "data", "reference", "logger", "strategy") for path in files(folder)]
+
+
+@pytest.mark.parametrize("path", [path for path in OTHERS if path != SFT_DATA])
 def test_every_other_file_stacks_on_an_experiment(path, base, in_repository, tmp_path):
     before = ["-c", "configs/model/lora.yaml"] if path.endswith("adapter_off.yaml") else []
     run = parsed(*base, *before, "-c", path, f"--runs={tmp_path}", "--trainer.accelerator=cpu", "--trainer.devices=1")
@@ -73,8 +75,10 @@ def test_every_other_file_stacks_on_an_experiment(path, base, in_repository, tmp
 def test_sft_config_parses(in_repository, tmp_path):
     from bfpo_pl.sft import SFTModule
 
-    run = parsed("-c", "configs/sft.yaml", f"--runs={tmp_path}", model=SFTModule)
-    assert isinstance(run.model, SFTModule)
+    for data in ([], ["-c", SFT_DATA]):
+        run = parsed("-c", "configs/sft.yaml", *data, f"--runs={tmp_path}", model=SFTModule)
+        assert isinstance(run.model, SFTModule)
+    assert type(run.datamodule.streams["sft"].source).__name__ == "JsonLines"
 
 
 def sweep_command_lines(path):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 SECONDS_VARIABLE = "BFPO_PROGRESS_SECONDS"
 """Environment variable: least time between two progress lines, in seconds."""
@@ -49,6 +58,51 @@ class LineProgress(ProgressBar):
         print(f"step {step}/{total}{shown}, {now - self._started:.0f} s", flush=True)
 
 
+class StepProgress(ProgressBar):
+    """One rich bar over the optimizer steps of a run, for terminals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: Progress | None = None
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._enabled:
+            return
+        total = trainer.estimated_stepping_batches
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn())
+        self._bar.start()
+        self._bar.add_task("training", total=None if math.isinf(total) else total, completed=trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._bar is not None and batch_idx % 5 == 0:
+            loss = trainer.progress_bar_metrics.get("loss")
+            shown = f"training, loss {loss:.4g}" if loss is not None else "training"
+            self._bar.update(self._bar.tasks[0].id, completed=trainer.global_step, description=shown)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.tasks[0].id, completed=trainer.global_step)
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
 def progress_callback() -> Callback:
     """A rich bar if the output is a terminal, lines otherwise."""
-    return RichProgressBar(leave=True) if sys.stdout.isatty() else LineProgress()
+    return StepProgress() if sys.stdout.isatty() else LineProgress()

@@ -139,6 +139,12 @@ class AlignmentData(LightningDataModule):
         """
         if stage == "fit":
             self._resumed_at = 0
+        if stage == "validate" and not self._streams_of("validation"):
+            raise DataError(
+                f"There is nothing to validate on: stream '{self.driver}' has no validation rows "
+                f"({self.streams[self.driver].source.describe()}). Name some, for instance "
+                f"data.streams.{self.driver}.source.validation_path, or other streams in data.validation_streams."
+            )
         splits = [split for split in _SPLITS.get(stage, ()) if split not in self._trees]
         readings = [self._read(name, split) for split in splits for name in self._streams_of(split)]
         self._judge(readings)
@@ -175,8 +181,29 @@ class AlignmentData(LightningDataModule):
                 f"{label}: cut {cuts['responses_cut']:,} of {responses:,} responses and {cuts['prompts_cut']:,} of "
                 f"{prompts:,} prompts to fit max_length {self.truncation.max_length}"
             )
+        cuts["unknown_tokens"] = self._unknown_tokens(label, trees)
         reading.rows = kept
         return trees, cuts
+
+    def _unknown_tokens(self, label: str, trees: list[PairTree]) -> int:
+        """Counts tokens that stand for text which the tokenizer does not know.
+
+        Raises:
+            DataError: They are more than a tenth of all.
+        """
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        sequences = [ids for tree in trees for ids in (tree.prompt_ids, *tree.response_ids)]
+        total = sum(map(len, sequences))
+        count = 0 if unknown is None else sum(ids.count(unknown) for ids in sequences)
+        if count > total / 10:
+            raise DataError(
+                f"{label}: {count / total:.0%} of the tokens are {self.tokenizer.unk_token}, which is to say that this "
+                f"tokenizer does not know the text. Is model.policy the model you meant? TinyModel, the default of "
+                f"configs/base.yaml, speaks the microworld's language only."
+            )
+        if count:
+            rank_zero_info(f"{label}: {count:,} of {total:,} tokens are {self.tokenizer.unk_token}.")
+        return count
 
     def _streams_of(self, split: str) -> list[str]:
         if split == "train":
