@@ -254,7 +254,10 @@ CALLBACK = "--trainer.callbacks=bfpo_pl.callbacks.microworld.MicroworldEvaluatio
         (["--model.policy=HFModel", "--model.policy.path=./nowhere"], ["no folder './nowhere'", "export/"]),
         (["--data.num_workers=-1"], ["num_workers", "-1"]),
         (["--data.streams.extra.batch_size=3"], ["source", "adapter", "data.streams"]),
-        (["--trainer.accelerator=gpu"], ["gpu"]),
+        pytest.param(
+            *(["--trainer.accelerator=gpu"], ["gpu"]),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
         (["--trainer.devices=0"], ["devices"]),
         (["--seed_everything=-3"], ["-3"]),
         (["--experiment=../elsewhere"], ["experiment", "'../elsewhere'", "one folder"]),
@@ -282,7 +285,6 @@ def test_mistakes_get_one_clear_message(bfpo, base, small, overrides, words, cap
         assert word in text
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_a_traceback_is_there_for_who_wants_it(bfpo, base, small, monkeypatch):
     monkeypatch.setenv("BFPO_TRACEBACK", "1")
     with pytest.raises(bfpo_pl.UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,8 +28,9 @@ class _Microworld(Source):
         for index, raw in enumerate(self._generated(count, split)):
             yield f"{type(self).__name__}[{split}]:{index}", raw
 
+    @abstractmethod
     def _generated(self, count: int, split: str) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """The rows of a split."""
 
 
 class MicroworldSafety(_Microworld):
