@@ -56,10 +56,11 @@ class PreferenceModule(ResponseModule):
         policy: Where the policy comes from.
         labeling: From safety flags and the helpfulness order to each pair's target.
         loss: From log-probs and targets to each pair's loss.
+        optimizer: Optimizer, called with the trainable parameters. No default: torch's learning rates would ruin a
+            trained model.
         reference: The KL anchor. Default: a frozen copy of the policy's start, if the loss needs one.
         references: Further frozen models by name, for methods that need them.
         trainable: What of the policy trains. Default: everything.
-        optimizer: Optimizer, called with the trainable parameters.
         schedule: Learning-rate schedule. Default: warm-up over 10 % of the steps, then cosine to 0.
         auxiliary: A further term of each pair's loss, such as `SafeChosenNLL`; not the paper's.
         pair_reduction: From the losses of a stream's pairs to a scalar. Default: their weighted mean.
@@ -74,10 +75,10 @@ class PreferenceModule(ResponseModule):
         policy: ModelSource,
         labeling: LabelingFunction,
         loss: PreferenceLoss,
+        optimizer: OptimizerCallable,
         reference: Reference | None = None,
         references: dict[str, Reference] | None = None,
         trainable: TrainablePart | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         auxiliary: AuxiliaryLoss | None = None,
         pair_reduction: PairReduction | None = None,

@@ -100,6 +100,11 @@ def _hint(message: str, typed: list[str]) -> str:
                 )
                 if key.endswith(".source"):
                     lines.append("For a file of your own add `-c configs/data/jsonl.yaml`.")
+    if "model.optimizer" in message and "required" in message:
+        lines.append(
+            "configs/base.yaml names an optimizer and a schedule: `-c configs/base.yaml` first. Or on the command line "
+            "`--model.optimizer=torch.optim.AdamW --model.optimizer.lr=5e-7`."
+        )
     if "model.labeling" in message and "required" in message:
         lines.append(
             "An experiment names them both: add `-c configs/experiment/bfpo.yaml`, or on the command line "

@@ -21,8 +21,8 @@ class SFTModule(ResponseModule):
 
     Args:
         policy: Where the policy comes from.
-        trainable: What of the policy trains. Default: everything.
         optimizer: Optimizer, called with the trainable parameters.
+        trainable: What of the policy trains. Default: everything.
         schedule: Learning-rate schedule. Default: warm-up over 10 % of the steps, then cosine to 0.
         attention: How the network attends over prompts and responses. Default: `Padded`.
         chunk_size: Response tokens that meet the vocabulary at once; fewer take less memory.
@@ -32,8 +32,8 @@ class SFTModule(ResponseModule):
     def __init__(
         self,
         policy: ModelSource,
+        optimizer: OptimizerCallable,
         trainable: TrainablePart | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         attention: AttentionBackend | None = None,
         chunk_size: int = 4096,

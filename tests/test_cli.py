@@ -129,6 +129,13 @@ def test_base_alone_says_what_is_missing(bfpo, small, capsys):
     assert "configs/experiment/bfpo.yaml" in text
 
 
+def test_an_experiment_without_base_does_not_train_at_torchs_learning_rate(bfpo, small, capsys):
+    files = ["-c", "configs/experiment/bfpo.yaml", "-c", "configs/data/microworld.yaml"]
+    text = refused(capsys, bfpo, "fit", *files, "--model.policy=TinyModel", *small)
+    assert "model.optimizer" in text
+    assert "configs/base.yaml" in text
+
+
 def test_help_of_a_component_and_the_list_of_components(bfpo, capsys):
     with pytest.raises(SystemExit) as caught:
         bfpo("fit", "--model.labeling.help=BFPO", "-c", "configs/base.yaml")

@@ -42,6 +42,7 @@ def test_a_sharded_checkpoint_under_another_strategy_says_what_to_do(tmp_path, m
     configs = Path(__file__).parents[2] / "configs"
     folder = tmp_path / "last.ckpt"
     folder.mkdir()
+    (folder / ".metadata").touch()  # what every sharded checkpoint has beside its shards
     arguments = ["validate", "-c", f"{configs}/base.yaml", "-c", f"{configs}/experiment/bfpo.yaml"]
     with pytest.raises(SystemExit):
         main([*arguments, "--trainer.accelerator=cpu", f"--ckpt_path={folder}", f"--runs={tmp_path}/runs"])
