@@ -7,6 +7,7 @@ Everything downstream of the data speaks in these four dataclasses. Shapes use t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +18,15 @@ REFERENCE = "reference"
 """Name of the frozen model that the KL anchor is measured against; further references have other names."""
 
 
-def _moved(value: Any, *args: Any, **kwargs: Any) -> Any:
-    """Applies ``.to`` to tensors, dicts of tensors and nested dataclasses; leaves plain data alone."""
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Applies a function to tensors, in dicts and nested dataclasses too; leaves plain data alone."""
     if isinstance(value, Tensor):
-        return value.to(*args, **kwargs)
+        return function(value)
     if isinstance(value, dict):
-        return {key: _moved(item, *args, **kwargs) for key, item in value.items()}
+        return {key: _mapped(item, function) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        moved = {f.name: _moved(getattr(value, f.name), *args, **kwargs) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **moved)
+        mapped = {f.name: _mapped(getattr(value, f.name), function) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **mapped)
     return value
 
 
@@ -148,23 +149,11 @@ class PairBatch:
 
     def to(self, *args: Any, **kwargs: Any) -> PairBatch:
         """The batch with every tensor moved, with the arguments of :meth:`torch.Tensor.to`."""
-        return _moved(self, *args, **kwargs)
+        return _mapped(self, lambda tensor: tensor.to(*args, **kwargs))
 
     def pin_memory(self) -> PairBatch:
         """The batch in page-locked memory (called by the DataLoader)."""
-
-        def pinned(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.pin_memory()
-            if isinstance(value, dict):
-                return {key: pinned(item) for key, item in value.items()}
-            if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                return dataclasses.replace(
-                    value, **{f.name: pinned(getattr(value, f.name)) for f in dataclasses.fields(value)}
-                )
-            return value
-
-        return pinned(self)
+        return _mapped(self, Tensor.pin_memory)
 
 
 @dataclass(frozen=True)

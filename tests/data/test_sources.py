@@ -1,6 +1,7 @@
 import gzip
 import json
 
+import datasets
 import pytest
 
 from bfpo_pl.data.adapters import Messages, PKUSafeRLHF, UltraFeedbackBinarized
@@ -64,7 +65,6 @@ def test_hub_dataset_reads_a_local_folder(folder):
 
 
 def test_hub_dataset_reads_parquet(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
     datasets.Dataset.from_list(
