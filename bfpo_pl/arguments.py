@@ -28,15 +28,19 @@ def configs_first(args: list[str]) -> list[str]:
     return configs + others
 
 
+def config_values(args: list[str]) -> list[str]:
+    """What a command line names as configs: files, or YAML text."""
+    values = [after for option, after in pairwise(args) if option in ("-c", "--config")]
+    return values + [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+
+
 def check_config_files(args: list[str]) -> None:
     """Names the file and the place of malformed YAML, which the parser's own message does not.
 
     Raises:
         UserError: A config file cannot be read as YAML.
     """
-    values = [after for option, after in pairwise(args) if option in ("-c", "--config")]
-    values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    for path in (Path(value) for value in values):
+    for path in map(Path, config_values(args)):
         if not path.is_file():
             continue  # the parser says so itself, and a value may be YAML text
         try:

@@ -91,7 +91,7 @@ class PairBatch:
 
     The tokens of all segments (prompts and responses) lie in one row, ``[T]``, without padding; tables say what is
     where. How attention is computed over them is the business of an attention backend
-    (:mod:`bfpo_pl.models.log_probs`), not of the batch.
+    (:mod:`bfpo_pl.models.attention`), not of the batch.
 
     Args:
         tokens: ``[T]`` int64, token ids of all segments, one after the other.
@@ -109,6 +109,7 @@ class PairBatch:
         max_length: Tokens of the longest prompt and response together. Plain number, so that no step waits for the
             device; computed if not given.
         response_tokens: Tokens of all responses together, likewise.
+        most_responses: Responses of the prompt that has most, likewise.
     """
 
     tokens: Tensor
@@ -125,6 +126,7 @@ class PairBatch:
     origins: tuple[str, ...] = ()
     max_length: int = -1
     response_tokens: int = -1
+    most_responses: int = -1
 
     def __post_init__(self) -> None:
         if self.response_tokens < 0:
@@ -132,6 +134,8 @@ class PairBatch:
             whole = lengths + self.segment_length[self.prompt_segment]
             object.__setattr__(self, "response_tokens", int(lengths.sum()))
             object.__setattr__(self, "max_length", int(whole.max()) if len(whole) else 0)
+            counts = self.prompt_segment.bincount()
+            object.__setattr__(self, "most_responses", int(counts.max()) if len(counts) else 0)
 
     def __len__(self) -> int:
         """Number of responses."""
@@ -146,6 +150,31 @@ class PairBatch:
     def response_lengths(self) -> Tensor:
         """``[R]`` int64, tokens in each response, the end-of-sequence token among them."""
         return self.segment_length[self.response_segment]
+
+    def row_table(self) -> tuple[Tensor, Tensor]:
+        """One row for each response, its prompt before it, padded on the right to ``L = max_length``.
+
+        Returns:
+            ``[R, L]`` int64, the index in ``tokens`` of each cell, 0 in padding; and ``[R, L]``, False in padding.
+        """
+        prompt_length = self.segment_length[self.prompt_segment][:, None]
+        column = torch.arange(self.max_length, device=self.tokens.device)[None, :]
+        index = torch.where(
+            column < prompt_length,
+            self.segment_start[self.prompt_segment][:, None] + column,
+            self.segment_start[self.response_segment][:, None] + column - prompt_length,
+        )
+        inside = column < prompt_length + self.response_lengths[:, None]
+        return torch.where(inside, index, 0), inside
+
+    def response_token_table(self) -> tuple[Tensor, Tensor]:
+        """Response index ``[N]`` and place within its response ``[N]`` of every response token."""
+        lengths = self.response_lengths
+        response = torch.arange(len(lengths), device=lengths.device)
+        response = response.repeat_interleave(lengths, output_size=self.response_tokens)
+        first = lengths.cumsum(0) - lengths
+        offset = torch.arange(self.response_tokens, device=lengths.device) - first[response]
+        return response, offset
 
     def to(self, *args: Any, **kwargs: Any) -> PairBatch:
         """The batch with every tensor moved, with the arguments of :meth:`torch.Tensor.to`."""

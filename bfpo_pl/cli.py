@@ -34,6 +34,13 @@ def sft(args: list[str], plugins: list[Plugin]) -> object:
     return BFPOCLI(SFTModule, AlignmentData, ["fit", *args], plugins, "sft")
 
 
+def data(args: list[str], plugins: list[Plugin]) -> object:
+    """Inspects the data of a config, or shows a batch token by token: `bfpo data inspect`, `bfpo data show`."""
+    from bfpo_pl.inspection.command import run_data
+
+    return run_data(args, plugins)
+
+
 def components(args: list[str], plugins: list[Plugin]) -> None:
     """Lists labelings, losses, references, sources and plugins; with a NAME, says what it means and takes."""
     import bfpo_pl.data.datamodule  # noqa: F401  # its imports define the components
@@ -67,6 +74,7 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "fit": fit,
     "validate": validate,
     "sft": sft,
+    "data": data,
     "components": components,
     "demo": demo,
 }

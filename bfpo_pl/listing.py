@@ -11,10 +11,15 @@ from rich.table import Table
 
 from bfpo_pl.component import UserError
 from bfpo_pl.data.adapters import Adapter
+from bfpo_pl.data.batching import Batching
+from bfpo_pl.data.contamination import ContaminationGuard
+from bfpo_pl.data.packing import Packing
 from bfpo_pl.data.sources import Source
+from bfpo_pl.data.templates import ChatTemplate
+from bfpo_pl.data.truncation import Truncation
 from bfpo_pl.labeling import LabelingFunction
 from bfpo_pl.losses import AuxiliaryLoss, PreferenceLoss
-from bfpo_pl.models.log_probs import AttentionBackend
+from bfpo_pl.models.attention import AttentionBackend
 from bfpo_pl.models.reference import Reference
 from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import TrainablePart
@@ -34,8 +39,13 @@ COMPONENTS: dict[str, type] = {
     "model.schedule": Schedule,
     "data.streams.<stream>.source": Source,
     "data.streams.<stream>.adapter": Adapter,
+    "data.template": ChatTemplate,
+    "data.truncation": Truncation,
+    "data.batching": Batching,
+    "data.packing": Packing,
+    "data.contamination": ContaminationGuard,
 }
-"""The keys of a config that name a class of ours, and what it must be a subclass of."""
+"""The keys of a config that name a class of ours, and what it must be, or be a subclass of."""
 
 
 def component_key(typed: str) -> str | None:
@@ -45,15 +55,14 @@ def component_key(typed: str) -> str | None:
 
 
 def subclasses(base: type) -> list[type]:
-    """The concrete classes derived from a base that are imported now, by name."""
+    """The concrete classes, a base and those derived from it, that are imported now, by name."""
     found: dict[str, type] = {}
     pending = [base]
-    child: type
     while pending:
-        for child in pending.pop().__subclasses__():
-            pending.append(child)
-            if not inspect.isabstract(child) and not child.__name__.startswith("_"):
-                found[f"{child.__name__} {child.__module__}"] = child
+        child = pending.pop()
+        pending += child.__subclasses__()
+        if not inspect.isabstract(child) and not child.__name__.startswith("_"):
+            found[f"{child.__name__} {child.__module__}"] = child
     return [found[name] for name in sorted(found)]
 
 

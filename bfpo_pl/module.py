@@ -15,7 +15,7 @@ from bfpo_pl.component import RunError, UserError
 from bfpo_pl.labeling import LabelingFunction
 from bfpo_pl.losses import AuxiliaryLoss, PreferenceLoss
 from bfpo_pl.metrics import PreferenceMetrics
-from bfpo_pl.models.log_probs import AttentionBackend
+from bfpo_pl.models.attention import AttentionBackend
 from bfpo_pl.models.reference import FrozenCopy, Reference
 from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import TrainablePart
@@ -65,7 +65,7 @@ class PreferenceModule(ResponseModule):
         auxiliary: A further term of each pair's loss, such as `SafeChosenNLL`; not the paper's.
         pair_reduction: From the losses of a stream's pairs to a scalar. Default: their weighted mean.
         logp_reduction: Over the tokens of a response: sum (BFPO, and IPO as published) or mean.
-        attention: How the network attends over pair trees. Default: `Padded`.
+        attention: How the network attends over pair trees. Default: `Auto`.
         chunk_size: Response tokens that meet the vocabulary at once; fewer take less memory.
         activation_checkpointing: Recomputes activations in the backward pass, for large models.
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.component import UserError
 from bfpo_pl.metrics import TokenMetrics
-from bfpo_pl.models.log_probs import AttentionBackend
+from bfpo_pl.models.attention import AttentionBackend
 from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import TrainablePart
 from bfpo_pl.schedules import Schedule
@@ -24,7 +24,7 @@ class SFTModule(ResponseModule):
         optimizer: Optimizer, called with the trainable parameters.
         trainable: What of the policy trains. Default: everything.
         schedule: Learning-rate schedule. Default: warm-up over 10 % of the steps, then cosine to 0.
-        attention: How the network attends over prompts and responses. Default: `Padded`.
+        attention: How the network attends over prompts and responses. Default: `Auto`.
         chunk_size: Response tokens that meet the vocabulary at once; fewer take less memory.
         activation_checkpointing: Recomputes activations in the backward pass, for large models.
     """

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.component import RunError, UserError, check_range
+from bfpo_pl.models.attention import AttentionBackend, Auto
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
-from bfpo_pl.models.log_probs import METHODS, AttentionBackend, Padded, bind_log_probs
+from bfpo_pl.models.log_probs import METHODS, bind_log_probs
 from bfpo_pl.models.sharding import shard
 from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import Everything, TrainablePart, parameter_counts
@@ -31,6 +32,10 @@ class NonFiniteLossError(RunError):
 
 class HeadMismatchError(RunError):
     """The model's own logits differ from those that the log-probs are computed from."""
+
+
+class AttentionMismatchError(RunError):
+    """The model's hidden states under the attention backend differ from those of plain rows."""
 
 
 class ResponseModule(LightningModule):
@@ -58,7 +63,7 @@ class ResponseModule(LightningModule):
         self.optimizer = optimizer
         self.schedule = schedule or WarmupCosine()
         self.trainable = trainable or Everything()
-        self.attention = attention or Padded()
+        self.attention = attention or Auto()
         self.logp_reduction = logp_reduction
         self.chunk_size = int(check_range(self, "chunk_size", chunk_size, 1))
         self.activation_checkpointing = activation_checkpointing
@@ -75,6 +80,11 @@ class ResponseModule(LightningModule):
         if self._tokenizer is None:
             self._tokenizer = self.source.load_tokenizer()
         return self._tokenizer
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end a response besides the tokenizer's own, as the policy's generation config names them."""
+        return self.source.stop_token_ids()
 
     # ---- building -------------------------------------------------------------------------------------------------
 
@@ -130,7 +140,7 @@ class ResponseModule(LightningModule):
         except ValueError as error:
             raise UserError(f"model.optimizer: {error}.") from error
         steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
+        if math.isinf(steps) or steps < 0:  # Lightning says -1 where epochs have no known length
             raise UserError(
                 "The learning-rate schedule needs the length of the run: set trainer.max_steps or max_epochs."
             )
@@ -150,20 +160,28 @@ class ResponseModule(LightningModule):
         return self.trainer.strategy.reduce(values.detach().clone(), reduce_op="mean")
 
     def check_head(self, batch: PairBatch) -> None:
-        """Compares the head's logits with the model's own on a few tokens, once.
+        """Compares the head's logits and the attention with the model's own on a few tokens, once.
 
         Raises:
-            HeadMismatchError: They differ by more than rounding.
+            HeadMismatchError: The logits differ by more than rounding.
+            AttentionMismatchError: The hidden states do.
         """
         # Every rank takes the first tokens of its own batch: the same shape, so that sharded layers stay in step.
         tokens = torch.nn.functional.pad(batch.tokens[:8], (0, max(0, 8 - len(batch.tokens))))
         discrepancy = self.policy.head_discrepancy(tokens).item()  # type: ignore[union-attr,operator]
         exact = self.policy.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled()  # type: ignore[union-attr]
         tolerance = 1e-3 if exact else 0.05
+        name = type(self.policy).__name__
         if not discrepancy <= tolerance:
             raise HeadMismatchError(
-                f"{type(self.policy).__name__} changes its logits after the output head in a way that bfpo_pl does not "
+                f"{name} changes its logits after the output head in a way that bfpo_pl does not "
                 f"know (relative difference {discrepancy:.2g}). Its log-probs would be wrong, so the run stops."
+            )
+        discrepancy = self.policy.attention_discrepancy(tokens).item()  # type: ignore[union-attr,operator]
+        if not discrepancy <= (1e-3 if exact else 0.1):
+            raise AttentionMismatchError(
+                f"{name} attends in a way that {self.attention} does not know (relative difference "
+                f"{discrepancy:.2g}): responses might see each other, so the run stops. Set model.attention to Padded."
             )
 
     def watch_finite(self, loss: Tensor, batch: PairBatch) -> None:

@@ -28,6 +28,18 @@ SMALL_SAFETY = [
 SMALL_HELPFULNESS = ["--data.streams.helpfulness.source.count=40", "--data.streams.helpfulness.batch_size=4"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Prepared data of all tests goes to one temporary folder, for the processes that tests start, too."""
+    before = os.environ.get("BFPO_CACHE")
+    os.environ["BFPO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["BFPO_CACHE"]
+    else:
+        os.environ["BFPO_CACHE"] = before
+
+
 @pytest.fixture
 def float64():
     """Makes float64 the default dtype, so that tensors written as literals are exact to 1e-15."""

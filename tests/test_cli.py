@@ -146,13 +146,14 @@ def test_help_of_a_component_and_the_list_of_components(bfpo, capsys):
     assert "alpha: Shift of the labels, in [0, b3 · (b1 − 1)]" in text
     assert "--model.labeling.alpha (float, default 0.5)" in text
     with pytest.raises(SystemExit):
-        bfpo("fit", "--data.streams.mine.source.help=JsonLines")
-    assert "--data.streams.<stream>.source.path (str, required)" in " ".join(capsys.readouterr().out.split())
+        bfpo("fit", "--data.streams.mine.source.help=LocalFiles")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--data.streams.<stream>.source.path (str | list[str], required)" in text
     bfpo("components", "Squared")
     assert "(h − g/tau)²" in capsys.readouterr().out
     bfpo("components")
     text = capsys.readouterr().out
-    for name in ("BFPO", "SafetyFirst", "Squared", "RobustLogistic", "FrozenCopy", "AdapterOff", "JsonLines", "LoRA"):
+    for name in ("BFPO", "SafetyFirst", "Squared", "RobustLogistic", "FrozenCopy", "AdapterOff", "LocalFiles", "LoRA"):
         assert name in text
     assert "plugins.safedpo" in text
 

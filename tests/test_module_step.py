@@ -11,18 +11,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bfpo_pl.batch import Label, Requirements
 from bfpo_pl.component import UserError
-from bfpo_pl.data.adapters import UltraFeedbackBinarized
 from bfpo_pl.data.collate import collate
 from bfpo_pl.data.datamodule import AlignmentData
 from bfpo_pl.data.microworld_sources import MicroworldHelpfulness
+from bfpo_pl.data.schemas import UltraFeedbackBinarized
 from bfpo_pl.data.streams import Stream
-from bfpo_pl.data.templates import PairTree
+from bfpo_pl.data.trees import PairTree
 from bfpo_pl.labeling import BFPO, HelpfulnessOnly, LabelingFunction, SafetyOnly
 from bfpo_pl.losses import Logistic, SafeChosenNLL, Squared
 from bfpo_pl.microworld import build_tokenizer
-from bfpo_pl.models.reference import AdapterOff, FromColumn, FrozenCopy
+from bfpo_pl.models.reference import AdapterOff, FromColumn, FrozenCopy, SharedWeights
 from bfpo_pl.models.sources import ModelSource, TinyModel
-from bfpo_pl.models.trainable import LoRA, Select
+from bfpo_pl.models.trainable import Everything, LoRA, Select
 from bfpo_pl.module import PreferenceModule, RequirementError, StartMarginError
 from bfpo_pl.schedules import Constant, WarmupCosine
 from bfpo_pl.sft import SFTModule
@@ -372,6 +372,31 @@ def test_the_reference_is_nowhere_but_in_the_margin(tmp_path):
     assert "hyper_parameters" not in saved
     for name, value in weights_of(module.policy).items():
         assert torch.equal(saved["state_dict"][f"policy.{name}"], value)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("trainable", [Select(["down_proj"]), Everything()])
+def test_shared_weights_are_a_frozen_copy_without_the_copy(tmp_path, trainable, precision):
+    items = trees_of(2, 4, 2)
+
+    def trained(reference):
+        module = module_of(source=TinyModel(32, 2, 2, 64, seed=3), trainable=trainable, reference=reference)
+        seen = Gradients()
+        fit(module, [batch_of(items)] * 6, tmp_path, callbacks=[seen], precision=precision, accumulate_grad_batches=2)
+        return module, seen
+
+    (shared, ours), (copied, theirs) = trained(SharedWeights()), trained(FrozenCopy())
+    assert ours.losses == theirs.losses
+    assert len(set(ours.losses)) > 2, "the policy leaves its start"
+    for name, value in weights_of(copied.policy).items():
+        assert torch.equal(weights_of(shared.policy)[name], value), name
+    held = sum(start.numel() for _, start in shared.references["reference"]._pairs)
+    assert held == sum(p.numel() for p in shared.policy.parameters() if p.requires_grad)
+
+
+def test_shared_weights_of_an_adapter_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"Set model\.reference to AdapterOff"):
+        fit(module_of(trainable=LoRA(r=2), reference=SharedWeights()), [batch_of(trees_of(2))], tmp_path)
 
 
 def test_an_adapter_switched_off_is_the_reference(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,19 @@ class ExportHF(Callback):
         assert isinstance(pl_module, ResponseModule)
         if self.enabled and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "export"
-            export(pl_module, folder, trainer.is_global_zero, self.max_shard_size)
+            template = getattr(getattr(trainer, "datamodule", None), "template", None)
+            jinja = None if template is None else template.source(pl_module.tokenizer)
+            export(pl_module, folder, trainer.is_global_zero, self.max_shard_size, jinja)
             trainer.strategy.barrier("export")
 
 
-def export(module: ResponseModule, folder: Path, writes: bool, max_shard_size: str = "4GB") -> None:
+def export(
+    module: ResponseModule,
+    folder: Path,
+    writes: bool,
+    max_shard_size: str = "4GB",
+    chat_template: str | None = None,
+) -> None:
     """Gathers the policy's weights over all ranks and writes them as a Hugging Face folder, on the rank that writes.
 
     Args:
@@ -52,6 +61,7 @@ def export(module: ResponseModule, folder: Path, writes: bool, max_shard_size: s
         folder: Where to; an older one of that name is replaced.
         writes: Whether this rank writes.
         max_shard_size: Largest safetensors file.
+        chat_template: The jinja template that training used. Default: the tokenizer's own.
     """
     policy = module.policy
     assert policy is not None
@@ -64,7 +74,9 @@ def export(module: ResponseModule, folder: Path, writes: bool, max_shard_size: s
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(part, max_shard_size=max_shard_size)
-    module.tokenizer.save_pretrained(part)
+    tokenizer = copy.copy(module.tokenizer)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     rank_zero_info(f"Exported the policy to {folder}")

@@ -40,10 +40,19 @@ class RunRecord(Callback):
         (self.folder / "config.yaml").write_text(f"# bfpo {self.subcommand}\n{text}", encoding="utf-8")
         record = environment() | {"subcommand": self.subcommand, **self.notes}
         (self.folder / "environment.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        report = getattr(getattr(trainer, "datamodule", None), "report", None)
-        if report:
-            (self.folder / "data.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        self._write_data(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(self.config | {"environment": record}, allow_val_change=True)
         rank_zero_info(f"Run folder: {self.folder}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_data(trainer)  # streaming sources count as they are read
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._write_data(trainer)
+
+    def _write_data(self, trainer: Trainer) -> None:
+        report = getattr(getattr(trainer, "datamodule", None), "report", None)
+        if report and trainer.is_global_zero and self.folder.is_dir():
+            (self.folder / "data.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

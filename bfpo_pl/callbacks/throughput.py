@@ -18,6 +18,7 @@ from bfpo_pl.training import ResponseModule
 class Throughput(Callback):
     """Logs pairs and tokens a second over all processes, peak memory, the learning rate and the gradient's norm.
 
+    The share of the time that rank zero waits for data is logged as ``train/data_wait_share``.
     Peak memory is the largest of any process. The gradient's norm is taken before clipping, on the steps that are
     logged; the learning rate is the one that the step used.
     """
@@ -29,6 +30,7 @@ class Throughput(Callback):
         self._tokens = 0
         self._norm: Tensor | None = None
         self._lr = 0.0
+        self._waited = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart()
@@ -65,6 +67,10 @@ class Throughput(Callback):
             "train/peak_memory_gb": memory.item() / 2**30,
             "train/lr": self._lr,
         }
+        waited = getattr(trainer.train_dataloader, "waited", None)
+        if waited is not None:
+            values["train/data_wait_share"] = (waited - self._waited) / seconds
+            self._waited = waited
         if self._norm is not None:
             values["train/grad_norm"] = self._norm.item()
         pl_module.write(values)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bfpo_pl.batch import Annotations, PairBatch
-from bfpo_pl.data.templates import PairTree
+from bfpo_pl.data.trees import Ids, PairTree
 
 Item = tuple[int, PairTree]
 """A pair tree and the index of its stream."""
+_Table = Mapping[str, Sequence[float] | np.ndarray]
 
 
 def collate(
@@ -38,11 +40,15 @@ def collate(
     layout = _Layout()
     for stream, tree in trees_by_stream:
         layout.add(stream, tree)
+    lengths = np.array([len(ids) for ids in layout.segments], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    positions = np.arange(lengths.sum()) - np.repeat(starts - np.array(layout.first_positions, np.int64), lengths)
+    tokens = np.concatenate([np.zeros(0, np.int64), *layout.segments], dtype=np.int64)
     return PairBatch(
-        tokens=_integers(layout.tokens),
-        positions=_integers(layout.positions),
-        segment_start=_integers(layout.starts),
-        segment_length=_integers(layout.lengths),
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        segment_start=torch.from_numpy(starts),
+        segment_length=torch.from_numpy(lengths),
         response_segment=_integers(layout.response_segment),
         prompt_segment=_integers(layout.prompt_segment),
         response_stream=_integers(layout.response_stream),
@@ -59,13 +65,11 @@ def collate(
 
 
 class _Layout:
-    """The token row as it grows, and where in it the segments, responses and pairs are."""
+    """The segments as they line up, and which of them are prompts, responses and pairs."""
 
     def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.positions: list[int] = []
-        self.starts: list[int] = []
-        self.lengths: list[int] = []
+        self.segments: list[Ids] = []
+        self.first_positions: list[int] = []
         self.response_segment: list[int] = []
         self.prompt_segment: list[int] = []
         self.response_stream: list[int] = []
@@ -74,22 +78,15 @@ class _Layout:
 
     def add(self, stream: int, tree: PairTree) -> None:
         """Puts a tree at the end: the prompt, then its responses."""
-        first_response = len(self.response_segment)
-        prompt = self._add_segment(tree.prompt_ids, 0)
-        for ids in tree.response_ids:
-            self.response_segment.append(self._add_segment(ids, len(tree.prompt_ids)))
-            self.prompt_segment.append(prompt)
-            self.response_stream.append(stream)
-        for chosen, rejected in tree.pairs:
-            self.pairs.append((first_response + chosen, first_response + rejected))
-            self.pair_stream.append(stream)
-
-    def _add_segment(self, ids: list[int], first_position: int) -> int:
-        self.starts.append(len(self.tokens))
-        self.lengths.append(len(ids))
-        self.tokens.extend(ids)
-        self.positions.extend(range(first_position, first_position + len(ids)))
-        return len(self.starts) - 1
+        first_response, prompt = len(self.response_segment), len(self.segments)
+        count = len(tree.response_ids)
+        self.segments += [tree.prompt_ids, *tree.response_ids]
+        self.first_positions += [0, *[len(tree.prompt_ids)] * count]
+        self.response_segment += range(prompt + 1, prompt + 1 + count)
+        self.prompt_segment += [prompt] * count
+        self.response_stream += [stream] * count
+        self.pairs += [(first_response + chosen, first_response + rejected) for chosen, rejected in tree.pairs]
+        self.pair_stream += [stream] * len(tree.pairs)
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def _integers(values: Sequence) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def _columns(tables: list[tuple[dict[str, tuple[float, ...]], str]], names: Sequence[str] | None) -> dict[str, Tensor]:
+def _columns(tables: list[tuple[_Table, str]], names: Sequence[str] | None) -> dict[str, Tensor]:
     """Each named column over all trees."""
     if names is None:
         names = sorted({name for table, _ in tables for name in table})

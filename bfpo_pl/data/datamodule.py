@@ -4,51 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from bfpo_pl.component import check_range
-from bfpo_pl.data.collate import Collator, Item
-from bfpo_pl.data.progress import in_chunks
-from bfpo_pl.data.reading import DataError, Reading, bad_row_report, read
-from bfpo_pl.data.streams import Key, SequentialSampler, Stream, StreamSampler
-from bfpo_pl.data.templates import ChatTemplate, PairTree, RowEncoder, Truncation
+from bfpo_pl.component import UserError, check_range
+from bfpo_pl.data.arrow import default_cache
+from bfpo_pl.data.batching import Batching, BudgetedBatches
+from bfpo_pl.data.collate import Collator
+from bfpo_pl.data.contamination import ContaminationGuard
+from bfpo_pl.data.encoding import RowEncoder
+from bfpo_pl.data.loading import Loader, TreesByStream
+from bfpo_pl.data.packing import Packing, Trees
+from bfpo_pl.data.preparation import Preparation
+from bfpo_pl.data.reading import DataError, Reading
+from bfpo_pl.data.selection import check_hold_out, shared_prompts
+from bfpo_pl.data.streaming import StreamingRows
+from bfpo_pl.data.streams import FixedBatches, SequentialSampler, Stream, StreamSampler
+from bfpo_pl.data.templates import ChatTemplate
+from bfpo_pl.data.truncation import Truncation
 
 _SPLITS: dict[str | None, tuple[str, ...]] = {
     None: ("train", "validation"),
     "fit": ("train", "validation"),
     "validate": ("validation",),
 }
-_TEMPLATE, _TRUNCATION = ChatTemplate(), Truncation()
-
-
-class _Trees(Dataset[Item]):
-    """Pair trees by (stream, row)."""
-
-    def __init__(self, trees: list[list[PairTree]]) -> None:
-        self.trees = trees
-
-    def __len__(self) -> int:
-        return sum(map(len, self.trees))
-
-    def __getitem__(self, key: Key) -> Item:
-        stream, row = key
-        return stream, self.trees[stream][row]
-
-
-class _Loader(DataLoader):
-    """A loader whose place in the data is kept by the data module; says so to Lightning, which would warn otherwise."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: the data module has the place."""
 
 
 class AlignmentData(LightningDataModule):
@@ -61,13 +46,18 @@ class AlignmentData(LightningDataModule):
     Args:
         streams: The streams by name; on the command line for instance `--data.streams.safety.batch_size=4`.
         driver: Name of the stream that sets the length of an epoch. Default: the first.
-        template: How conversations become text.
-        truncation: What is cut from rows that are too long.
-        validation_streams: Names of the streams to validate on. Default: the driver, if it has a validation split.
+        template: How conversations become tokens. Default: `ChatTemplate`, the tokenizer's own chat template.
+        truncation: What is cut from rows that are too long. Default: `Truncation`, at most 1024 tokens.
+        batching: How many rows of each stream a batch has. Default: `Batching`, `batch_size` rows of each.
+        packing: How the rows of supervised streams are joined. Default: each is a document of its own.
+        contamination: Leaves out training prompts that an evaluation file has. Default: nothing is left out.
+        validation_streams: Names of the streams to validate on. Default: the driver, if it has validation rows.
         validation_batch_size: Rows in each validation batch of each process.
         on_bad_row: What to do when rows cannot be used: `fail` reports all of them and stops; `drop` goes on without
             them and keeps their counts in the run's record.
         num_workers: Processes that prepare batches; the batches are the same for any number.
+        tokenizing_processes: Processes that tokenise, once, when there are more than 16,384 rows.
+        cache: Folder of prepared data, shared by all runs. Default: `$BFPO_CACHE`, or `~/.cache/bfpo_pl`.
         seed: Seed of the order of rows. Default: the run's seed (`seed_everything`).
     """
 
@@ -75,12 +65,17 @@ class AlignmentData(LightningDataModule):
         self,
         streams: dict[str, Stream],
         driver: str | None = None,
-        template: ChatTemplate = _TEMPLATE,
-        truncation: Truncation = _TRUNCATION,
+        template: ChatTemplate | None = None,
+        truncation: Truncation | None = None,
+        batching: Batching | None = None,
+        packing: Packing | None = None,
+        contamination: ContaminationGuard | None = None,
         validation_streams: list[str] | None = None,
         validation_batch_size: int = 32,
         on_bad_row: Literal["fail", "drop"] = "fail",
         num_workers: int = 0,
+        tokenizing_processes: int = 1,
+        cache: str | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -92,15 +87,27 @@ class AlignmentData(LightningDataModule):
         for name in (self.driver, *(validation_streams or ())):
             if name not in self.streams:
                 raise DataError(f"AlignmentData: there is no stream '{name}'. Streams: {', '.join(self.streams)}.")
-        self.template, self.truncation = template, truncation
+        for name, stream in self.streams.items():
+            if stream.validation_fraction and name not in self._streams_of("validation"):
+                raise DataError(
+                    f"data.streams.{name}.validation_fraction holds rows out that nothing validates on: add {name} to "
+                    "data.validation_streams."
+                )
+        self.template, self.truncation = template or ChatTemplate(), truncation or Truncation()
+        self.batching, self.packing, self.contamination = batching or Batching(), packing, contamination
         self.validation_batch_size = int(check_range(self, "validation_batch_size", validation_batch_size, 1))
-        self.on_bad_row = on_bad_row
+        self.on_bad_row: Literal["fail", "drop"] = on_bad_row
         self.num_workers = int(check_range(self, "num_workers", num_workers, 0))
+        self.tokenizing_processes = int(check_range(self, "tokenizing_processes", tokenizing_processes, 1))
+        self.cache = cache
         self.seed = seed
-        self.report: dict[str, Any] = {}
-        """What was read, as plain data: per stream and split rows, dropped rows by reason, quadrants, cuts."""
+        self.readings: dict[tuple[str, str], Reading] = {}
+        """The rows that are used, by stream and split."""
+        self.stop_token_ids: Sequence[int] | None = None
+        """Tokens that end a response besides the tokenizer's own. Default: the LightningModule's."""
+        self._report: dict[str, Any] = {}
         self._tokenizer: Any = None
-        self._trees: dict[str, dict[str, list[PairTree]]] = {}
+        self._trees: dict[str, dict[str, Trees | StreamingRows]] = {}
         self._columns: dict[str, dict[str, tuple[set[str], set[str]]]] = {}
         self._resumed_at = 0
         self._sampler: StreamSampler | None = None
@@ -108,12 +115,18 @@ class AlignmentData(LightningDataModule):
     # ------------------------------------------------------------------ reading
 
     @property
+    def report(self) -> dict[str, Any]:
+        """What was read, as plain data: per stream and split rows, dropped rows by reason, quadrants, cuts."""
+        streaming = {
+            name: rows for name, rows in self._trees.get("train", {}).items() if isinstance(rows, StreamingRows)
+        }
+        live = {name: {**self._report.get(name, {}), "train": rows.summary()} for name, rows in streaming.items()}
+        return {**self._report, **live}
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer: the one set here, or else the LightningModule's."""
-        if self._tokenizer is not None:
-            return self._tokenizer
-        module = getattr(self.trainer, "lightning_module", None)
-        tokenizer = getattr(module, "tokenizer", None)
+        tokenizer = self._tokenizer or getattr(self._module, "tokenizer", None)
         if tokenizer is None:
             raise DataError("AlignmentData has no tokenizer: set data.tokenizer, or use a module that has one.")
         return tokenizer
@@ -121,12 +134,23 @@ class AlignmentData(LightningDataModule):
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._trees, self._columns = {}, {}
+        self._trees, self._columns, self.readings = {}, {}, {}
+
+    @property
+    def _module(self) -> Any:
+        return getattr(self.trainer, "lightning_module", None)
+
+    def encoder(self) -> RowEncoder:
+        """What turns rows into token ids: tokenizer, template, truncation, and the tokens that end a response."""
+        stop_ids = self.stop_token_ids
+        if stop_ids is None:
+            stop_ids = getattr(self._module, "stop_token_ids", ())
+        return RowEncoder(self.tokenizer, self.template, self.truncation, stop_ids)
 
     def prepare_data(self) -> None:
-        """Downloads what is missing, on one process of each machine."""
-        for stream in self.streams.values():
-            stream.source.prepare()
+        """Downloads, checks and tokenises what is missing, on one process of each machine."""
+        with suppress(UserError):  # every process says so in `setup`, where all of them stop together
+            self._prepare(self._splits_of(getattr(self.trainer.state, "fn", None) if self.trainer else None))
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises the splits that a stage needs; what was read stays.
@@ -143,94 +167,93 @@ class AlignmentData(LightningDataModule):
             raise DataError(
                 f"There is nothing to validate on: stream '{self.driver}' has no validation rows "
                 f"({self.streams[self.driver].source.describe()}). Name some, for instance "
-                f"data.streams.{self.driver}.source.validation_path, or other streams in data.validation_streams."
+                f"data.streams.{self.driver}.source.validation_path, or hold some out "
+                f"(data.streams.{self.driver}.validation_fraction), or name other streams in data.validation_streams."
             )
-        splits = [split for split in _SPLITS.get(stage, ()) if split not in self._trees]
-        readings = [self._read(name, split) for split in splits for name in self._streams_of(split)]
-        self._judge(readings)
-        encoder = RowEncoder(self.tokenizer, self.template, self.truncation) if readings else None
-        encoded = [self._encode(encoder, reading) for reading in readings if encoder is not None]
-        self._judge(readings)
+        self._prepare(self._splits_of(stage))
+
+    @staticmethod
+    def _splits_of(stage: str | None) -> tuple[str, ...]:
+        return _SPLITS.get(stage, ())
+
+    def _prepare(self, splits: Sequence[str]) -> None:
+        wanted = [(name, split) for split in splits if split not in self._trees for name in self._streams_of(split)]
+        if not wanted:
+            self._trees.update({split: {} for split in splits if split not in self._trees})
+            return
+        for name in dict.fromkeys(name for name, _ in wanted):
+            own = [self._source_split(name, split) for each, split in wanted if each == name]
+            self.streams[name].source.prepare(list(dict.fromkeys(own)))
+        encoder = self.encoder()
+        cache = default_cache() if self.cache is None else Path(self.cache).expanduser()
+        preparation = Preparation(
+            self.streams, cache, self.on_bad_row, self.tokenizing_processes, self.contamination, self.packing
+        )
+        streaming = [name for name, split in wanted if self._streams_rows(name, split)]
+        opened = {name: self._opened(name, encoder) for name in streaming}
+        readings = preparation.read([each for each in wanted if not self._streams_rows(*each)])
+        prepared = preparation.encode(encoder, readings)
         for split in splits:
-            self._trees[split], self._columns[split] = {}, {}
-        for reading, (trees, cuts) in zip(readings, encoded, strict=True):
+            self._trees.setdefault(split, {})
+            self._columns.setdefault(split, {})
+        for reading, (trees, summary) in zip(readings, prepared, strict=True):
             self._trees[reading.split][reading.stream] = trees
             self._columns[reading.split][reading.stream] = reading.columns
-            summary = reading.summary()
-            self.report.setdefault(reading.stream, {})[reading.split] = {**summary, **cuts}
-            if reading.errors:
-                counts = ", ".join(f"{n} × {reason}" for reason, n in summary["dropped"].items())
-                rank_zero_info(f"{reading.stream}, {reading.split}: dropped {len(reading.errors)} rows: {counts}")
+            self.readings[reading.stream, reading.split] = reading
+            self._report.setdefault(reading.stream, {})[reading.split] = summary
+        for name, rows in opened.items():
+            first = rows.at([0])[0]
+            self._trees["train"][name] = rows
+            self._columns["train"][name] = (set(first.columns), set(first.pair_columns))
+        self._compare_splits()
 
-    def _encode(self, encoder: RowEncoder, reading: Reading) -> tuple[list[PairTree], dict[str, int]]:
-        """Trees of a split's rows and what was cut; rows that turn out to be useless go to the reading's errors."""
-        label, kept, trees = f"{reading.stream}, {reading.split}", [], []
-        encoder.counts.clear()
-        with closing(in_chunks(reading.rows, label)) as chunks:
-            tokenised = [pair for rows in chunks for pair in zip(rows, encoder.many(rows), strict=True)]
-        for row, tree in tokenised:
-            if error := encoder.fault(row, tree):
-                reading.errors.append(error)
-            else:
-                kept.append(row)
-                trees.append(tree)
-        cuts = {name: encoder.counts[name] for name in ("prompts_cut", "responses_cut", "stop_token_in_text")}
-        if cuts["prompts_cut"] or cuts["responses_cut"]:
-            prompts, responses = len(reading.rows), sum(len(row.responses) for row in reading.rows)
-            rank_zero_info(
-                f"{label}: cut {cuts['responses_cut']:,} of {responses:,} responses and {cuts['prompts_cut']:,} of "
-                f"{prompts:,} prompts to fit max_length {self.truncation.max_length}"
-            )
-        cuts["unknown_tokens"] = self._unknown_tokens(label, trees)
-        reading.rows = kept
-        return trees, cuts
+    def _source_split(self, name: str, split: str) -> str:
+        return "train" if self.streams[name].validation_fraction else split
 
-    def _unknown_tokens(self, label: str, trees: list[PairTree]) -> int:
-        """Counts tokens that stand for text which the tokenizer does not know.
+    def _streams_rows(self, name: str, split: str) -> bool:
+        return split == "train" and self.streams[name].source.streaming
 
-        Raises:
-            DataError: They are more than a tenth of all.
-        """
-        unknown = getattr(self.tokenizer, "unk_token_id", None)
-        sequences = [ids for tree in trees for ids in (tree.prompt_ids, *tree.response_ids)]
-        total = sum(map(len, sequences))
-        count = 0 if unknown is None else sum(ids.count(unknown) for ids in sequences)
-        if count > total / 10:
+    def _opened(self, name: str, encoder: RowEncoder) -> StreamingRows:
+        """A stream whose rows are read as training asks for them; its first ones have been."""
+        stream = self.streams[name]
+        check_hold_out(name, stream)
+        if self.contamination is not None or self.packing is not None:
             raise DataError(
-                f"{label}: {count / total:.0%} of the tokens are {self.tokenizer.unk_token}, which is to say that this "
-                f"tokenizer does not know the text. Is model.policy the model you meant? TinyModel, the default of "
-                f"configs/base.yaml, speaks the microworld's language only."
+                f"data.contamination and data.packing need to see all rows before training, and stream '{name}' reads "
+                f"them as it goes. Set data.streams.{name}.source.streaming: false."
             )
-        if count:
-            rank_zero_info(f"{label}: {count:,} of {total:,} tokens are {self.tokenizer.unk_token}.")
-        return count
+        rows = StreamingRows(name, stream, self.on_bad_row, self._seed(), encoder.many, encoder.counts)
+        rows.at([0])
+        return rows
+
+    def _compare_splits(self) -> None:
+        """Tells how many validation prompts are trained on."""
+        train = [reading for (_, split), reading in self.readings.items() if split == "train"]
+        for (name, split), reading in self.readings.items():
+            if split == "train" or not train:
+                continue
+            shared, summary = shared_prompts(train, reading), self._report[name]["validation"]
+            if shared and summary.get("prompts_also_trained_on") != shared:
+                rank_zero_info(f"{name}: {shared:,} prompts of the validation rows are training prompts too")
+            summary["prompts_also_trained_on"] = shared
 
     def _streams_of(self, split: str) -> list[str]:
         if split == "train":
             return list(self.streams)
         if self.validation_streams is not None:
             return list(self.validation_streams)
-        return [self.driver] if self.streams[self.driver].source.has_split("validation") else []
-
-    def _read(self, name: str, split: str) -> Reading:
-        stream = self.streams[name]
-        return read(name, split, stream.source, stream.adapter, stream.assume_safe)
-
-    def _judge(self, readings: Sequence[Reading]) -> None:
-        """Fails on bad rows, unless they are to be dropped, and on a stream without rows."""
-        if self.on_bad_row == "fail" and (report := bad_row_report(readings)):
-            raise DataError(report)
-        for reading in readings:
-            if not reading.rows:
-                source = self.streams[reading.stream].source.describe()
-                raise DataError(f"Stream '{reading.stream}' has no row to use in its {reading.split} split: {source}.")
+        driver = self.streams[self.driver]
+        return [self.driver] if driver.source.has_split("validation") or driver.validation_fraction else []
 
     # ------------------------------------------------------------------ columns
 
     @property
     def has_pairs(self) -> bool:
         """Whether any row read has a pair of responses, as supervised rows have not; known after `setup`."""
-        return any(tree.pairs for table in self._trees.values() for trees in table.values() for tree in trees)
+        streaming = [rows for rows in self._trees.get("train", {}).values() if isinstance(rows, StreamingRows)]
+        return any(len(reading.pairs_kept) for reading in self.readings.values()) or any(
+            rows.at([0])[0].pairs for rows in streaming
+        )
 
     @property
     def columns(self) -> set[str]:
@@ -256,18 +279,20 @@ class AlignmentData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches with every stream's rows, from the place to resume from."""
         rank, world = self._rank_and_world()
-        trees = self._trees["train"]
-        self._sampler = StreamSampler(
-            sizes={name: len(rows) for name, rows in trees.items()},
-            quotas={name: stream.batch_size for name, stream in self.streams.items()},
-            driver=self.driver,
-            seed=self._seed(),
-            rank=rank,
-            world=world,
-            start=self._consumed,
-            repeat=getattr(self.trainer, "overfit_batches", 0) > 0,
-        )
-        self._sampler.epoch_batches = self._epoch_batches(len(self._sampler))
+        trees = {name: self._trees["train"][name] for name in self.streams}  # sources that stream came last
+        sizes = {name: None if isinstance(rows, StreamingRows) else len(rows) for name, rows in trees.items()}
+        quotas = {name: stream.batch_size for name, stream in self.streams.items()}
+        fixed = FixedBatches(sizes, quotas, self.driver, self._seed(), world)
+        lengths = {name: rows.lengths for name, rows in trees.items() if not isinstance(rows, StreamingRows)}
+        batches = self.batching(fixed, lengths)
+        if isinstance(batches, BudgetedBatches) and batches.oversized:
+            rank_zero_info(
+                f"{len(batches.oversized):,} batches of an epoch are larger than {batches.tokens:,} tokens, because "
+                f"one quota of rows is: {max(tokens for _, tokens in batches.oversized):,} at most."
+            )
+        limit = getattr(self.trainer, "limit_train_batches", 1.0)
+        repeat = getattr(self.trainer, "overfit_batches", 0) > 0
+        self._sampler = StreamSampler(batches, rank, self._consumed, limit, repeat)
         return self._loader("train", self._sampler)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -277,20 +302,22 @@ class AlignmentData(LightningDataModule):
         if not trees:
             return []
         names = list(self.streams)
-        sizes = [(names.index(name), len(rows)) for name, rows in trees.items()]
+        sizes = [(names.index(name), len(rows)) for name, rows in trees.items() if not isinstance(rows, StreamingRows)]
         return self._loader("validation", SequentialSampler(sizes, self.validation_batch_size, rank, world))
 
     def _loader(self, split: str, sampler: Sampler) -> DataLoader:
         trees, tables = self._trees[split], self._columns[split].values()
         response, pair = (set.intersection(*(table[kind] for table in tables)) for kind in (0, 1))
         weights = tuple(float(stream.weight) for stream in self.streams.values())
-        return _Loader(
-            _Trees([trees.get(name, []) for name in self.streams]),
+        return Loader(
+            TreesByStream([trees.get(name) for name in self.streams]),
             batch_sampler=sampler,
             collate_fn=Collator(tuple(self.streams), weights, tuple(sorted(response)), tuple(sorted(pair))),
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(self._seed()),
             pin_memory=torch.cuda.is_available(),
+            # Workers that begin anew each epoch would read a streaming source from its start each time.
+            persistent_workers=self.num_workers > 0 and any(isinstance(each, StreamingRows) for each in trees.values()),
         )
 
     def _rank_and_world(self) -> tuple[int, int]:
@@ -308,11 +335,6 @@ class AlignmentData(LightningDataModule):
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED") or 0) if self.seed is None else self.seed
 
-    def _epoch_batches(self, length: int) -> int:
-        """Batches of an epoch under the trainer's `limit_train_batches`."""
-        limit = getattr(self.trainer, "limit_train_batches", 1.0)
-        return max(1, min(length, limit if isinstance(limit, int) else int(length * limit)))
-
     # ------------------------------------------------------------------ resume
 
     def _consumed(self) -> int:
@@ -325,9 +347,17 @@ class AlignmentData(LightningDataModule):
     def _geometry(self) -> dict[str, Any]:
         """What must not change for the order of batches to go on as it was."""
         _, world = self._rank_and_world()
-        sizes = {name: len(rows) for name, rows in self._trees.get("train", {}).items()}
+        trees = self._trees.get("train", {})
         quotas = {name: stream.batch_size for name, stream in self.streams.items()}
-        return {"seed": self._seed(), "world": world, "rows": sizes, "batch_size": quotas, "driver": self.driver}
+        return {
+            "seed": self._seed(),
+            "world": world,
+            "rows": {name: None if isinstance(rows, StreamingRows) else len(rows) for name, rows in trees.items()},
+            "content": {name: rows.key for name, rows in trees.items()},
+            "batch_size": quotas,
+            "driver": self.driver,
+            "batching": repr(self.batching),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The place to resume from, as plain data."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from bfpo_pl.component import check_range
@@ -27,6 +29,19 @@ class _Microworld(Source):
         count = self.count if split == "train" else self.validation_count
         for index, raw in enumerate(self._generated(count, split)):
             yield f"{type(self).__name__}[{split}]:{index}", raw
+
+    def fingerprint(self, split: str) -> str | None:
+        """A digest of the class, its arguments and the source text of the generator.
+
+        Args:
+            split: ``train`` or ``validation``.
+        """
+        from bfpo_pl import microworld
+
+        digest = hashlib.blake2b(f"{self!r} {split}".encode(), digest_size=20)
+        for file in sorted(Path(microworld.__file__).parent.glob("*.py")):
+            digest.update(f"\n{file.name} {hashlib.blake2b(file.read_bytes()).hexdigest()}".encode())
+        return digest.hexdigest()
 
     @abstractmethod
     def _generated(self, count: int, split: str) -> list[dict[str, Any]]:

@@ -1,17 +1,16 @@
-"""Reading: all rows of a split through an adapter, and one report of everything that is wrong with them."""
+"""Reading: which rows of a split are used, and one report of everything that is wrong with the others."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from bfpo_pl.component import UserError
-from bfpo_pl.data.adapters import Adapter
-from bfpo_pl.data.rows import Row, RowError
-from bfpo_pl.data.sources import Source
+from bfpo_pl.data.checked import CheckedRows, Fault
 
 _EXAMPLES = 5
 _SAFETY = {1: "safe", 0: "unsafe"}
@@ -23,97 +22,97 @@ class DataError(UserError):
 
 @dataclass
 class Reading:
-    """What was read from one split of one stream.
+    """The rows that are used of one split of one stream, and what is wrong with the others.
 
     Args:
         stream: The stream's name.
         split: ``train`` or ``validation``.
-        rows: The good rows, in order.
-        errors: What is wrong with the others, in order.
+        rows: The checked rows, on disk.
+        kept: ``[N]``, indices of those that are used, in order.
+        faults: What is wrong with rows that should be used and cannot.
+        left_out: Rows that are left out because a setting says so, by what it is.
+        notes: Further counts, for instance of duplicates.
     """
 
     stream: str
     split: str
-    rows: list[Row] = field(default_factory=list)
-    errors: list[RowError] = field(default_factory=list)
+    rows: CheckedRows
+    kept: np.ndarray
+    faults: list[Fault] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._raw_index = self.rows.numbers("raw_index")
+        self.response_counts = self.rows.counts("responses")
+        self.pair_counts = self.rows.counts("pairs") // 2
+        self.response_tables = self.rows.tables("columns", self.response_counts)
+        self.pair_tables = self.rows.tables("pair_columns", self.pair_counts)
+        self.first_response = np.concatenate([[0], np.cumsum(self.response_counts)])
+        self.first_pair = np.concatenate([[0], np.cumsum(self.pair_counts)])
+        self.pairs = self.rows.flat("pairs").reshape(-1, 2)
+        """``[P, 2]``, pairs of all rows, as indices into the responses of their own row."""
 
     @property
     def columns(self) -> tuple[set[str], set[str]]:
-        """Names of the per-response and of the per-pair columns, which all rows have."""
-        first = self.rows[0] if self.rows else None
-        return (set(first.columns), set(first.pair_columns)) if first else (set(), set())
+        """Names of the per-response and of the per-pair columns, which all rows that are used have."""
+        return set(self.response_tables), set(self.pair_tables)
+
+    @property
+    def pairs_kept(self) -> np.ndarray:
+        """``[P, 2]``, pairs of the rows that are used, as indices into all responses."""
+        used = np.zeros(len(self.rows), dtype=bool)
+        used[self.kept] = True
+        owner = np.repeat(np.arange(len(self.rows)), self.pair_counts)
+        taken = used[owner]
+        return self.pairs[taken] + self.first_response[owner[taken], None]
+
+    def fault(self, place: int, field: str, value: str, reason: str, remedy: str) -> Fault:
+        """What is wrong with a row that is used so far.
+
+        Args:
+            place: Its place in ``kept``.
+            field: The field at fault.
+            value: Its value, abbreviated.
+            reason: What is wrong.
+            remedy: What to do about it.
+        """
+        index = int(self.kept[place])
+        return Fault(int(self._raw_index[index]), self.rows.origin(index), field, value, reason, remedy)
+
+    def drop(self, faults: Iterable[tuple[int, Fault]]) -> None:
+        """Takes rows out of those that are used.
+
+        Args:
+            faults: Place of each in ``kept``, and what is wrong with it.
+        """
+        found = list(faults)
+        self.faults += [fault for _, fault in found]
+        self.kept = np.delete(self.kept, [place for place, _ in found])
 
     def summary(self) -> dict[str, Any]:
         """Counts as plain data: rows used, rows dropped by reason, pairs by safety quadrant."""
-        dropped = Counter(error.reason for error in self.errors)
-        summary: dict[str, Any] = {"rows": len(self.rows), "dropped": dict(dropped)}
-        if self.rows and "safe" in self.rows[0].columns and self.rows[0].pairs:
-            summary["quadrants"] = quadrants(self.rows)
-        return summary
+        summary: dict[str, Any] = {"rows": len(self.kept), "dropped": dict(Counter(f.reason for f in self.faults))}
+        if self.left_out:
+            summary["left_out"] = dict(self.left_out)
+        pairs = self.pairs_kept
+        if "safe" in self.response_tables and len(pairs):
+            summary["quadrants"] = quadrants(self.response_tables["safe"][pairs])
+        return {**summary, **self.notes}
 
 
-def read(stream: str, split: str, source: Source, adapter: Adapter, assume_safe: bool = False) -> Reading:
-    """Reads a split to its end, collecting the rows that cannot be used.
-
-    Args:
-        stream: The stream's name, for messages.
-        split: ``train`` or ``validation``.
-        source: Where raw rows come from.
-        adapter: What reads them.
-        assume_safe: Take responses without safety flags to be safe; flags that are there still must be valid.
-    """
-    reading = Reading(stream, split)
-    for origin, raw in source.rows(split):
-        if isinstance(raw, RowError):
-            reading.errors.append(raw)
-            continue
-        if assume_safe:
-            raw = {**raw, **{name: True for name in adapter.flag_fields if name not in raw}}
-        try:
-            row = adapter(raw, origin)
-        except RowError as error:
-            reading.errors.append(error)
-            continue
-        if assume_safe and "safe" not in row.columns:
-            row = dataclasses.replace(row, columns={**row.columns, "safe": (1.0,) * len(row.responses)})
-        reading.rows.append(row)
-    _require_equal_columns(reading)
-    return reading
-
-
-def _require_equal_columns(reading: Reading) -> None:
-    """Moves rows that lack a column which other rows of the split have to the errors."""
-    names = {name for row in reading.rows for name in (*row.columns, *row.pair_columns)}
-    kept = []
-    for row in reading.rows:
-        missing = sorted(names - {*row.columns, *row.pair_columns})
-        if not missing:
-            kept.append(row)
-            continue
-        remedy = f"Set data.streams.{reading.stream}.assume_safe: true to take such responses to be safe."
-        reason = f"the column '{missing[0]}' is missing here, though other rows of the stream have it"
-        error = RowError(row.origin, missing[0], None, reason, remedy if missing[0] == "safe" else "")
-        reading.errors.append(error)
-    reading.rows = kept
-
-
-def quadrants(rows: Iterable[Row]) -> dict[str, float]:
+def quadrants(safe: np.ndarray) -> dict[str, float]:
     """Pairs by the safety of (chosen, rejected); with soft flags a pair counts in each by its probability.
 
     Args:
-        rows: Rows with the column ``safe``.
+        safe: ``[P, 2]``, the probability of being safe of the chosen and of the rejected response.
     """
-    counts = dict.fromkeys(
-        (f"{chosen}_{rejected}" for chosen in _SAFETY.values() for rejected in _SAFETY.values()), 0.0
-    )
-    for row in rows:
-        for pair in row.pairs:
-            chosen, rejected = (row.columns["safe"][index] for index in pair)
-            for c, chosen_name in _SAFETY.items():
-                for r, rejected_name in _SAFETY.items():
-                    share = (chosen if c else 1 - chosen) * (rejected if r else 1 - rejected)
-                    counts[f"{chosen_name}_{rejected_name}"] += share
-    return counts
+    shares = {1: safe, 0: 1 - safe}
+    return {
+        f"{chosen_name}_{rejected_name}": float((shares[c][:, 0] * shares[r][:, 1]).sum())
+        for c, chosen_name in _SAFETY.items()
+        for r, rejected_name in _SAFETY.items()
+    }
 
 
 def bad_row_report(readings: Iterable[Reading]) -> str:
@@ -122,19 +121,19 @@ def bad_row_report(readings: Iterable[Reading]) -> str:
     Args:
         readings: The splits that were read.
     """
-    faulty = [reading for reading in readings if reading.errors]
+    faulty = [reading for reading in readings if reading.faults]
     if not faulty:
         return ""
-    total = sum(len(reading.errors) for reading in faulty)
-    lines = [f"{total} {'row' if total == 1 else 'rows'} cannot be used:"]
+    total = sum(len(reading.faults) for reading in faulty)
+    lines = [f"{total:,} {'row' if total == 1 else 'rows'} cannot be used:"]
     for reading in faulty:
-        size = len(reading.rows) + len(reading.errors)
-        for reason, count in Counter(error.reason for error in reading.errors).most_common():
-            lines.append(f"  {reading.stream}, {reading.split}: {count} of {size}: {reason}")
-    errors = [error for reading in faulty for error in reading.errors]
+        size = len(reading.kept) + len(reading.faults)
+        for reason, count in Counter(fault.reason for fault in reading.faults).most_common():
+            lines.append(f"  {reading.stream}, {reading.split}: {count:,} of {size:,}: {reason}")
+    faults = [fault for reading in faulty for fault in reading.faults]
     lines.append("First examples:" if total > _EXAMPLES else "They are:")
-    lines += [f"  {error.origin}: {error.field} = {error.value}: {error.reason}" for error in errors[:_EXAMPLES]]
-    remedies = list(dict.fromkeys(error.remedy for error in errors if error.remedy))
+    lines += [f"  {fault.origin}: {fault.field} = {fault.value}: {fault.reason}" for fault in faults[:_EXAMPLES]]
+    remedies = list(dict.fromkeys(fault.remedy for fault in faults if fault.remedy))
     lines += ["What to do:", *(f"  {remedy}" for remedy in remedies)]
     lines.append("  To leave such rows out, and keep their count in the run's record, set data.on_bad_row: drop")
     return "\n".join(lines)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 _LONGEST_VALUE = 60
+# All that Unicode has for spaces, control characters and invisible marks, and the letters and signs that are blank.
+_BLANK = "".join(c for c in map(chr, range(0x3001)) if c.isspace() or unicodedata.category(c) in ("Cc", "Cf"))
+_BLANK += "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufeff\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10)))
+_NOT_TEXT = (
+    "In a CSV file a column of nothing but numbers or true/false is read as such, quoted or not: write such rows as "
+    "JSON lines, with the text in quotes."
+)
 _ROLES = ("system", "user", "assistant")
 
 
@@ -164,7 +172,7 @@ def messages(value: Any, origin: str, name: str = "prompt") -> tuple[Message, ..
     if isinstance(value, str):
         return (Message("user", value),)
     if not isinstance(value, (list, tuple)):
-        raise RowError(origin, name, value, "it is neither text nor a list of messages")
+        raise RowError(origin, name, value, "it is neither text nor a list of messages", _remedy_for_no_text(value))
     turns = []
     for index, item in enumerate(value):
         if isinstance(item, Message):
@@ -188,7 +196,10 @@ def flag(value: Any, origin: str, name: str) -> float:
     if isinstance(value, (bool, int, float)) and 0 <= value <= 1:
         return float(value)
     reason = "a safety flag must be true, false, 0, 1 or a probability in [0, 1]"
-    raise RowError(origin, name, value, reason, "Convert the column, or write an adapter that does.")
+    remedy = "Convert the column, or write an adapter that does."
+    if isinstance(value, str):
+        remedy += " In a CSV file one cell that is not true, false or a number makes the whole column text."
+    raise RowError(origin, name, value, reason, remedy)
 
 
 def number(value: Any, origin: str, name: str) -> float:
@@ -197,8 +208,11 @@ def number(value: Any, origin: str, name: str) -> float:
     Raises:
         RowError: It is not one.
     """
-    if isinstance(value, (bool, int, float)) and math.isfinite(value):
-        return float(value)
+    try:
+        if isinstance(value, (bool, int, float)) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer beyond the range of floats
+        pass
     raise RowError(origin, name, value, "the column must hold finite numbers")
 
 
@@ -218,9 +232,23 @@ def response_names(responses: Sequence[str], pairs: Sequence[tuple[int, int]]) -
 
 def _check_text(value: Any, origin: str, name: str) -> None:
     if not isinstance(value, str):
-        raise RowError(origin, name, value, "it is not text")
-    if not value.strip():
+        raise RowError(origin, name, value, "it is not text", _remedy_for_no_text(value))
+    if not value.strip(_BLANK):
         raise RowError(origin, name, value, "the text is empty")
+    _check_encodable(value, origin, name)
+
+
+def _remedy_for_no_text(value: Any) -> str:
+    return _NOT_TEXT if isinstance(value, (bool, int, float)) else ""
+
+
+def _check_encodable(value: str, origin: str, name: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        reason = "the text has half of a surrogate pair, which is no character and has no UTF-8 form"
+        remedy = "Where the file was written, such text was cut or decoded wrongly; mend or remove it."
+        raise RowError(origin, name, value[error.start : error.end], reason, remedy) from error
 
 
 def _check_prompt(turns: Sequence[Message], origin: str) -> None:
@@ -235,6 +263,7 @@ def _check_prompt(turns: Sequence[Message], origin: str) -> None:
         if turn.role == "system" and index == 0:
             if not isinstance(turn.content, str):
                 raise RowError(origin, name, turn.content, "it is not text")
+            _check_encodable(turn.content, origin, name)
             continue
         if turn.role != expected:
             raise RowError(origin, f"{name}.role", turn.role, "roles are out of order", order)

@@ -1,60 +1,97 @@
-"""From a row's text to token ids: the chat template, the boundary between prompt and response, truncation."""
+"""How a conversation becomes tokens, and where its prompt ends and its response begins."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import TemplateError as JinjaError
-
-from bfpo_pl.component import UserError, check_range
+from bfpo_pl.component import Component, UserError
 from bfpo_pl.data.rows import Message, Row, RowError, response_names
+from bfpo_pl.data.tokens import (
+    ChatTokenizer,
+    Conversation,
+    TemplateError,
+    common_end,
+    require_prefix,
+    special_ids,
+)
+
+__all__ = ["ChatTemplate", "OfficialTemplate", "TemplateError"]
+
+Split = tuple[list[int], list[list[int]]]
+"""Tokens of a prompt and of each of its responses."""
+
+_RESERVED = {
+    **dict.fromkeys(("messages", "conversation"), "every row has its own"),
+    "chat_template": "it is data.template.chat_template that names the template",
+    **dict.fromkeys(
+        ("add_generation_prompt", "continue_final_message"),
+        "how a rendered conversation ends is the policy's to decide",
+    ),
+    **dict.fromkeys(
+        (
+            *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+            *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+        ),
+        "a template writes text, and tokenising follows",
+    ),
+}
+"""Arguments of `apply_chat_template` that are no variables of a template, each with the reason."""
+_ZEPHYR = """\
+{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n' + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
 
 
-class TemplateError(UserError):
-    """The chat template or the tokenizer cannot say where a prompt ends and a response begins."""
+class ChatTemplate(Component):
+    """The standard policy: the header of the assistant's turn belongs to the prompt, one stop token ends a response.
 
-
-@dataclass(frozen=True)
-class PairTree:
-    """A row as token ids: the prompt once, and each response, which continues it.
-
-    Args:
-        prompt_ids: Tokens of the prompt, the header of the assistant's turn among them.
-        response_ids: Tokens of each response, the end-of-sequence token among them unless it was cut.
-        pairs: (chosen, rejected) indices into the responses.
-        columns: Per-response columns.
-        pair_columns: Per-pair columns.
-        origin: Where the row came from.
-    """
-
-    prompt_ids: list[int]
-    response_ids: list[list[int]]
-    pairs: tuple[tuple[int, int], ...] = ()
-    columns: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    pair_columns: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    origin: str = ""
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """How a conversation becomes text.
+    The prompt is tokenised once, for all of its responses, so no token lies across the boundary. It begins with the
+    beginning-of-sequence token, if the tokenizer has one; text that holds this token makes a bad row. A response ends
+    at its first stop token, even one in its own text (such responses are counted); what the template writes after it
+    is cut. One without a stop token gets the end-of-sequence token.
 
     Args:
         chat_template: A jinja template, or the path of a file that holds one. Default: the tokenizer's own.
         system: System message for conversations without one (the paper's is ``""``). Default: none is added.
-        kwargs: Further variables for the template, for instance ``{enable_thinking: false}``.
-        stop_tokens: Tokens that end a response besides the tokenizer's end-of-sequence token.
+        kwargs: Further variables for the template, for instance ``{enable_thinking: false}``; not what rendering itself
+            decides, as ``add_generation_prompt`` and ``tokenize``.
+        stop_tokens: Tokens that end a response besides the tokenizer's end-of-sequence token and those of the model's
+            generation config.
+        loss_on: What supervised training imitates: the ``response``, or ``all`` tokens after the first, the prompt's
+            among them (rows with a single response only).
+
+    Raises:
+        UserError: ``kwargs`` names what is no variable of one's own.
     """
 
-    chat_template: str | None = None
-    system: str | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    stop_tokens: list[str] | None = None
+    def __init__(
+        self,
+        chat_template: str | None = None,
+        system: str | None = None,
+        kwargs: dict[str, Any] | None = None,
+        stop_tokens: list[str] | None = None,
+        loss_on: Literal["response", "all"] = "response",
+    ) -> None:
+        self.chat_template = chat_template
+        self.system = system
+        self.kwargs = dict(kwargs or {})
+        for name in self.kwargs:
+            if name in _RESERVED:
+                raise UserError(f"data.template.kwargs cannot set {name}: {_RESERVED[name]}. Leave it out.")
+        self.stop_tokens = list(stop_tokens or ())
+        self.loss_on = loss_on
 
     def source(self, tokenizer: Any) -> str:
         """The jinja template itself.
@@ -80,253 +117,225 @@ class ChatTemplate:
             raise TemplateError(f"data.template.chat_template: {given!r} is neither a jinja template nor a file.")
         return path.read_text(encoding="utf-8")
 
-
-@dataclass(frozen=True)
-class Truncation:
-    """What is cut from a row that is too long; every cut is counted.
-
-    A prompt is cut only if it does not fit together with its longest response, and then for all responses alike;
-    a beginning-of-sequence token and the header of the assistant's turn always stay. Responses that still do not fit
-    lose their end.
-
-    Args:
-        max_length: Most tokens of a prompt with one of its responses.
-        max_prompt_length: Tokens that a cut prompt keeps.
-        keep: Which end of a cut prompt stays.
-    """
-
-    max_length: int = 1024
-    max_prompt_length: int = 512
-    keep: Literal["end", "start"] = "end"
-
-    def __post_init__(self) -> None:
-        check_range(self, "max_prompt_length", self.max_prompt_length, 1, self.max_length - 1)
-
-    def prompt(self, ids: list[int], head: int, tail: int) -> list[int]:
-        """The prompt cut to ``max_prompt_length`` tokens.
+    def conversation(self, prompt: Sequence[Message]) -> Conversation:
+        """A prompt's messages as the template sees them, with the system message if they have none.
 
         Args:
-            ids: Its tokens.
-            head: How many of the first tokens always stay (the beginning-of-sequence token).
-            tail: How many of the last tokens always stay (the header of the assistant's turn).
+            prompt: The messages.
         """
-        room = self.max_prompt_length
-        if len(ids) <= room:
-            return ids
-        if room < head + tail:
-            raise TemplateError(
-                f"data.truncation.max_prompt_length = {room} is less than the {head + tail} tokens that always stay."
-            )
-        kept_head, kept_tail = (head, room - head) if self.keep == "end" else (room - tail, tail)
-        return ids[:kept_head] + ids[len(ids) - kept_tail :]
-
-
-class RowEncoder:
-    """Turns rows into pair trees and counts what it cuts.
-
-    ``counts`` has ``prompts_cut``, ``responses_cut`` and ``stop_token_in_text``: responses whose own text holds a stop
-    token, at which they end.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        template: How a conversation becomes text.
-        truncation: What is cut.
-
-    Raises:
-        TemplateError: There is no chat template, or no end-of-sequence token.
-    """
-
-    def __init__(self, tokenizer: Any, template: ChatTemplate, truncation: Truncation) -> None:
-        self.tokenizer, self.template, self.truncation = tokenizer, template, truncation
-        self.jinja = template.source(tokenizer)
-        if tokenizer.eos_token_id is None:
-            raise TemplateError("The tokenizer has no end-of-sequence token; a response needs one to end with.")
-        self.stop_tokens = (tokenizer.eos_token, *(template.stop_tokens or ()))
-        self.stop_ids = {tokenizer.eos_token_id, *map(self._token_id, template.stop_tokens or ())}
-        self._sentinel = self._dummy_prefix_sentinel()
-        self.counts: Counter[str] = Counter()
-
-    def __call__(self, row: Row) -> PairTree:
-        """Encodes a row.
-
-        Args:
-            row: The row.
-
-        Raises:
-            TemplateError: The template refuses the conversation, or the rendered prompt is no prefix of it rendered.
-        """
-        return self.many([row])[0]
-
-    def many(self, rows: Sequence[Row]) -> list[PairTree]:
-        """Encodes rows together, which is faster than one after the other and gives the same.
-
-        Args:
-            rows: The rows.
-
-        Raises:
-            TemplateError: As for one row; the message names the row.
-        """
-        try:
-            return self._encode(rows)
-        except TemplateError as error:
-            if len(rows) > 1:
-                return [self(row) for row in rows]  # the row at fault raises again, by name
-            raise TemplateError(f"{rows[0].origin}: {error}") from error
-
-    def fault(self, row: Row, tree: PairTree) -> RowError | None:
-        """What makes a pair useless once it is encoded: its responses became the same; None if they did not.
-
-        Args:
-            row: The row.
-            tree: What it was encoded to.
-        """
-        for chosen, rejected in tree.pairs:
-            ids = tree.response_ids[rejected]
-            if tree.response_ids[chosen] != ids:
-                continue
-            if ids[-1] in self.stop_ids:
-                reason = "the chosen and the rejected response tokenise alike"
-                remedy = "Their texts differ in nothing that the tokenizer or the first stop token leaves of them."
-            else:
-                limit = f"data.truncation.max_length = {self.truncation.max_length}"
-                reason = f"the chosen and the rejected response are identical once truncation cuts them ({limit})"
-                remedy = "Raise data.truncation.max_length."
-            return RowError(
-                row.origin, response_names(row.responses, row.pairs)[rejected], row.responses[rejected], reason, remedy
-            )
-        return None
-
-    def _encode(self, rows: Sequence[Row]) -> list[PairTree]:
-        turns = [self._with_system(row.prompt) for row in rows]
-        prompt_texts = self._rendered_all(turns, generation=True)
-        asked = [index for index, row in enumerate(rows) for _ in row.responses]
-        texts = [text for row in rows for text in row.responses]
-        conversations = [
-            [*turns[index], {"role": "assistant", "content": text}] for index, text in zip(asked, texts, strict=True)
-        ]
-        fulls = self._rendered_all(conversations, generation=False)
-        for index, full in zip(asked, fulls, strict=True):
-            _require_prefix(full, prompt_texts[index])
-        ends = [full[len(prompt_texts[index]) :] for index, full in zip(asked, fulls, strict=True)]
-        prompts = [self._with_bos(ids) for ids in self._encoded(prompt_texts)]
-        responses = iter([self._to_stop(ids) for ids in self._encoded_continuations(ends)])
-        self.counts["stop_token_in_text"] += sum(any(token in text for token in self.stop_tokens) for text in texts)
-        return [
-            self._fitted(
-                row, turns[index], prompt_texts[index], prompts[index], list(islice(responses, len(row.responses)))
-            )
-            for index, row in enumerate(rows)
-        ]
-
-    def _fitted(
-        self,
-        row: Row,
-        turns: list[dict[str, str]],
-        prompt_text: str,
-        prompt_ids: list[int],
-        responses: list[list[int]],
-    ) -> PairTree:
-        """The row's tree, cut where it is too long."""
-        limit = self.truncation.max_length
-        if len(prompt_ids) + max(map(len, responses)) > limit:
-            head = int(prompt_ids[0] == self.tokenizer.bos_token_id)
-            cut = self.truncation.prompt(prompt_ids, head, self._header_length(turns, prompt_text, prompt_ids))
-            self.counts["prompts_cut"] += len(cut) < len(prompt_ids)
-            room = limit - len(cut)
-            # A prompt within max_prompt_length stays whole, so room may be little, but it is at least one token.
-            self.counts["responses_cut"] += sum(len(response) > room for response in responses)
-            prompt_ids, responses = cut, [response[:room] for response in responses]
-        return PairTree(prompt_ids, responses, row.pairs, dict(row.columns), dict(row.pair_columns), row.origin)
-
-    def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
-        """Tokens of a prompt exactly as training sees them before any cut; what generation should start from.
-
-        Args:
-            prompt: Its turns.
-        """
-        text = self._rendered(self._with_system(prompt), generation=True)
-        return self._with_bos(self._encoded([text])[0])
-
-    def _with_system(self, prompt: Sequence[Message]) -> list[dict[str, str]]:
         turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
-        if self.template.system is not None and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": self.template.system})
+        if self.system is not None and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": self.system})
         return turns
 
-    def _rendered(self, turns: list[dict[str, str]], generation: bool) -> str:
-        return self._rendered_all([turns], generation)[0]
+    def encode(self, tokens: ChatTokenizer, rows: Sequence[Row]) -> list[Split | RowError]:
+        """Rows as token ids, each split into prompt and responses.
 
-    def _rendered_all(self, conversations: list[list[dict[str, str]]], generation: bool) -> list[str]:
-        try:
-            return self.tokenizer.apply_chat_template(
-                conversations,
-                chat_template=self.jinja,
-                tokenize=False,
-                add_generation_prompt=generation,
-                **self.template.kwargs,
-            )
-        except JinjaError as error:
-            roles = ", ".join(turn["role"] for turn in conversations[0])
-            raise TemplateError(f"the chat template refuses a conversation of {roles}: {error}.") from error
+        Args:
+            tokens: Renders and encodes.
+            rows: The rows.
 
-    def _encoded(self, texts: list[str]) -> list[list[int]]:
-        given = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return given["input_ids"]
+        Returns:
+            For each row its tokens, or what makes it useless.
 
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        """Tokens of a rendered prompt, with the beginning-of-sequence token exactly once if there is one."""
-        bos = self.tokenizer.bos_token_id
-        if bos is None:
-            return ids
-        while len(ids) > 1 and ids[0] == ids[1] == bos:
-            ids = ids[1:]
-        return ids if ids[:1] == [bos] else [bos, *ids]
-
-    def _to_stop(self, ids: list[int]) -> list[int]:
-        """Tokens of a response up to its first stop token; with one put after them if there is none."""
-        end = next((index for index, token in enumerate(ids) if token in self.stop_ids), None)
-        return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]
-
-    def _header_length(self, turns: list[dict[str, str]], prompt_text: str, prompt_ids: list[int]) -> int:
-        """How many of the prompt's last tokens open the assistant's turn."""
-        without = self._rendered(turns, generation=False)
-        if not prompt_text.startswith(without) or len(prompt_text) == len(without):
-            return 0
-        header = self._encoded_continuations([prompt_text[len(without) :]])[0]
-        return len(header) if prompt_ids[-len(header) :] == header else 0
-
-    def _token_id(self, token: str) -> int:
-        index = self.tokenizer.convert_tokens_to_ids(token)
-        if index is None or index == self.tokenizer.unk_token_id:
-            raise TemplateError(f"data.template.stop_tokens: the tokenizer has no token {token!r}.")
-        return index
-
-    def _dummy_prefix_sentinel(self) -> list[int] | None:
-        """Tokens of a line break, if this tokenizer puts a space before any text (sentencepiece); None if not."""
-        sentinel, after, alone = self._encoded(["\n", "\na", "a"])
-        if sentinel and after[: len(sentinel)] == sentinel and after[len(sentinel) :] != alone:
-            return sentinel
-        return None
-
-    def _encoded_continuations(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of texts that follow other text: without the space that sentencepiece puts before a first word."""
-        if self._sentinel is None:
-            return self._encoded(texts)
-        size = len(self._sentinel)
+        Raises:
+            TemplateError: The template and the tokenizer cannot encode one of the rows.
+        """
+        splits = self._splits(tokens, rows)
+        for row, split in zip(rows, splits, strict=True):
+            if not isinstance(split, RowError) and not split[0]:
+                raise TemplateError("The chat template writes no prompt. Set data.template.chat_template.")
+            if self.loss_on == "all" and len(row.responses) > 1:
+                raise TemplateError(
+                    f"data.template.loss_on = all is for rows with one response, but this one has "
+                    f"{len(row.responses)}. Set data.template.loss_on: response."
+                )
+        if self.loss_on == "response":
+            return splits
         return [
-            ids[size:] if ids[:size] == self._sentinel else self._encoded([text])[0]
-            for text, ids in zip(texts, self._encoded(["\n" + text for text in texts]), strict=True)
+            split if isinstance(split, RowError) else (split[0][:1], [[*split[0][1:], *split[1][0]]])
+            for split in splits
         ]
 
+    def prompt_ids(self, tokens: ChatTokenizer, prompt: Sequence[Message]) -> list[int]:
+        """Tokens of a prompt as training sees them before any cut.
 
-def _require_prefix(full: str, prompt: str) -> None:
-    """Demands that a rendered conversation begins with its rendered prompt."""
-    if full.startswith(prompt):
-        return
-    same = next((i for i, (a, b) in enumerate(zip(full, prompt, strict=False)) if a != b), len(full))
-    raise TemplateError(
-        "The chat template renders the prompt otherwise when a response follows, so no token boundary lies "
-        f"between them (they part at character {same}: {prompt[same : same + 20]!r} against "
-        f"{full[same : same + 20]!r}). Set data.template.kwargs (for instance enable_thinking), or "
-        "data.template.chat_template."
-    )
+        Args:
+            tokens: Renders and encodes.
+            prompt: Its messages.
+        """
+        return tokens.with_bos(tokens.ids(tokens.render([self.conversation(prompt)], generation=True))[0])
+
+    def tail_length(self, tokens: ChatTokenizer, prompt: Sequence[Message], prompt_ids: list[int]) -> int:
+        """How many of the prompt's last tokens stand after all of its text.
+
+        They end the user's turn and open the assistant's. Only the latter count where the tokenizer merges what ends
+        the user's turn with the text before it.
+
+        Args:
+            tokens: Renders and encodes.
+            prompt: Its messages.
+            prompt_ids: Its tokens.
+        """
+        turns = self.conversation(prompt)
+        after = _after(tokens, turns, generation=True)
+        return _ending(tokens, after, prompt_ids) or _ending(tokens, _header(tokens, turns), prompt_ids)
+
+    def unstopped_turn_end(self, tokens: ChatTokenizer) -> str | None:
+        """The special token with which the template ends the assistant's turn, if no response ends there.
+
+        Args:
+            tokens: Renders and encodes.
+
+        Returns:
+            The token; None if it is a stop token, or if the template writes no special token, or nothing at all.
+        """
+        try:
+            turns = [*self.conversation([Message("user", "x")]), {"role": "assistant", "content": "x"}]
+            after = _after(tokens, turns, generation=False)
+        except TemplateError:  # rows will say so
+            return None
+        special = special_ids(tokens.tokenizer)
+        first = next((index for index in tokens.continuations([after])[0] if index in special), None)
+        return None if first is None or first in tokens.stop_ids else tokens.tokenizer.decode([first])
+
+    def _splits(self, tokens: ChatTokenizer, rows: Sequence[Row]) -> list[Split | RowError]:
+        prompts, fulls = self._rendered(tokens, rows, generation=True)
+        ends = [full[len(prompt) :] for prompt, row_fulls in zip(prompts, fulls, strict=True) for full in row_fulls]
+        prompt_ids = map(tokens.with_bos, tokens.ids(prompts))
+        response_ids = map(tokens.to_stop, tokens.continuations(ends))
+        splits = [
+            (ids, list(islice(response_ids, len(row.responses)))) for row, ids in zip(rows, prompt_ids, strict=True)
+        ]
+        return [self._with_one_bos(tokens, row, split) for row, split in zip(rows, splits, strict=True)]
+
+    def _rendered(
+        self, tokens: ChatTokenizer, rows: Sequence[Row], generation: bool
+    ) -> tuple[list[str], list[list[str]]]:
+        """Each row's prompt as text, and the text of its conversation with each of its responses."""
+        turns = [self.conversation(row.prompt) for row in rows]
+        prompts = tokens.render(turns, generation)
+        conversations = [
+            [*before, {"role": "assistant", "content": text}]
+            for row, before in zip(rows, turns, strict=True)
+            for text in row.responses
+        ]
+        rendered = iter(tokens.render(conversations, generation=False))
+        fulls = [list(islice(rendered, len(row.responses))) for row in rows]
+        for prompt, row_fulls in zip(prompts, fulls, strict=True):
+            for full in row_fulls:
+                require_prefix(full, prompt)
+        return prompts, fulls
+
+    @staticmethod
+    def _with_one_bos(tokens: ChatTokenizer, row: Row, split: Split) -> Split | RowError:
+        """The split, unless the row's text holds another beginning-of-sequence token."""
+        bos = tokens.bos_id
+        prompt, responses = split
+        if bos is None or bos in tokens.stop_ids:  # one token for both ends turns as well
+            return split
+        if prompt.count(bos) == 1 and not any(bos in ids for ids in responses):
+            return split
+        mark = tokens.tokenizer.bos_token
+        names = ["prompt", *response_names(row.responses, row.pairs)]
+        texts = [next((turn.content for turn in row.prompt if mark in turn.content), ""), *row.responses]
+        for name, text in zip(names, texts, strict=True):
+            if mark in text:
+                reason = f"the text holds the tokenizer's beginning-of-sequence token {mark}"
+                remedy = "It would be read as that token; take it out of the text, or leave the row out."
+                return RowError(row.origin, name, text[text.index(mark) :], reason, remedy)
+        if any(bos in ids for ids in responses):
+            raise TemplateError(f"The chat template writes the beginning-of-sequence token {mark} into a response.")
+        return split  # the template begins every turn with it, as Llama 2's does
+
+
+def _after(tokens: ChatTokenizer, turns: Conversation, generation: bool) -> str:
+    """What the template writes after the text of the last message."""
+    *before, last = turns
+    # Another text that ends otherwise: what both conversations end in alike is not the text's.
+    other = "1" if last["content"].strip().endswith("0") else "0"
+    conversations = [turns, [*before, {**last, "content": other}]]
+    return common_end(*tokens.render(conversations, generation))
+
+
+def _header(tokens: ChatTokenizer, turns: Conversation) -> str:
+    """What opens the assistant's turn."""
+    without, text = (tokens.render([turns], generation)[0] for generation in (False, True))
+    return text[len(without) :] if text.startswith(without) else ""
+
+
+def _ending(tokens: ChatTokenizer, text: str, prompt_ids: list[int]) -> int:
+    """The number of the text's tokens, if the prompt ends in them; else 0."""
+    ids = tokens.continuations([text])[0] if text else []
+    return len(ids) if ids and prompt_ids[-len(ids) :] == ids else 0
+
+
+class OfficialTemplate(ChatTemplate):
+    """The token sequences of the paper's official code.
+
+    The prompt is rendered without the header of the assistant's turn, which belongs to the response. Prompt and
+    response are tokenised together and split where the prompt alone would end; one token further left if a token lies
+    across the boundary. The beginning-of-sequence token goes before the prompt and the end-of-sequence token after the
+    response, even where the template writes them: with the paper's template a response then ends in two, and with a
+    template that writes the beginning-of-sequence token a prompt begins with two. Stop tokens end nothing. Where the
+    responses of a row would get different prompts by that rule, the row is a bad row, for they share one prompt here.
+
+    Args:
+        chat_template: A jinja template, or the path of a file that holds one. Default: the tokenizer's own; Zephyr's
+            if it has none.
+        system: System message for conversations without one.
+        kwargs: Further variables for the template.
+        loss_on: What supervised training imitates: the ``response``, or ``all`` tokens after the first, the prompt's
+            among them (rows with a single response only).
+    """
+
+    def __init__(
+        self,
+        chat_template: str | None = None,
+        system: str | None = "",
+        kwargs: dict[str, Any] | None = None,
+        loss_on: Literal["response", "all"] = "response",
+    ) -> None:
+        super().__init__(chat_template, system, kwargs, loss_on=loss_on)
+
+    def source(self, tokenizer: Any) -> str:
+        if self.chat_template is None and getattr(tokenizer, "chat_template", None) is None:
+            return _ZEPHYR
+        return super().source(tokenizer)
+
+    def prompt_ids(self, tokens: ChatTokenizer, prompt: Sequence[Message]) -> list[int]:
+        return self._with_bos(tokens, tokens.ids(tokens.render([self.conversation(prompt)], generation=False))[0])
+
+    def tail_length(self, tokens: ChatTokenizer, prompt: Sequence[Message], prompt_ids: list[int]) -> int:
+        return _ending(tokens, _after(tokens, self.conversation(prompt), generation=False), prompt_ids)
+
+    def unstopped_turn_end(self, tokens: ChatTokenizer) -> str | None:
+        return None  # nothing is cut, and the end-of-sequence token follows in any case
+
+    def _splits(self, tokens: ChatTokenizer, rows: Sequence[Row]) -> list[Split | RowError]:
+        prompts, fulls = self._rendered(tokens, rows, generation=False)
+        full_ids = iter(tokens.ids([full for row_fulls in fulls for full in row_fulls]))
+        return [
+            self._divided(tokens, row, ids, list(islice(full_ids, len(row.responses))))
+            for row, ids in zip(rows, tokens.ids(prompts), strict=True)
+        ]
+
+    @staticmethod
+    def _with_bos(tokens: ChatTokenizer, ids: list[int]) -> list[int]:
+        return ids if tokens.bos_id is None else [tokens.bos_id, *ids]
+
+    @classmethod
+    def _divided(cls, tokens: ChatTokenizer, row: Row, prompt: list[int], fulls: list[list[int]]) -> Split | RowError:
+        """Sequences of prompt and response together, split by the official rule."""
+        size = len(prompt)
+        ends = [size if full[:size] == prompt else size - 1 for full in fulls]
+        begun = fulls[0][: ends[0]]
+        for full, end, name, text in zip(
+            fulls, ends, response_names(row.responses, row.pairs), row.responses, strict=True
+        ):
+            if full[:end] != begun:
+                reason = "one response merges with the prompt's last token and another does not"
+                remedy = "They cannot share a prompt as the official code splits them; use data.template: ChatTemplate."
+                return RowError(row.origin, name, text, reason, remedy)
+        responses = [[*full[end:], tokens.eos_id] for full, end in zip(fulls, ends, strict=True)]
+        return cls._with_bos(tokens, begun), responses

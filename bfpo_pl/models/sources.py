@@ -8,19 +8,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from bfpo_pl.component import Component, UserError, check_range
 
@@ -42,6 +50,14 @@ class ModelSource(Component, ABC):
     @abstractmethod
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
+
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end the model's responses, as its generation config names them; none if it has no such config.
+
+        Raises:
+            ModelSourceError: The generation config cannot be read.
+        """
+        return []
 
     @abstractmethod
     def load_model(self) -> PreTrainedModel:
@@ -88,6 +104,22 @@ class HFModel(ModelSource):
         revision = None if self.tokenizer else self.revision
         with _explained(path):
             return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=self.trust_remote_code)
+
+    def stop_token_ids(self) -> list[int]:
+        path = _expanded(self.path)
+        if Path(path).is_dir() and not (Path(path) / GENERATION_CONFIG_NAME).is_file():
+            return []
+        with _explained(self.path):
+            try:
+                config = GenerationConfig.from_pretrained(path, revision=self.revision or "main")
+            except OSError as error:
+                # The repository has no such file; or its copy in the cache has none, and nobody else is to be asked.
+                absent = EntryNotFoundError if constants.HF_HUB_OFFLINE else RemoteEntryNotFoundError
+                if any(isinstance(cause, absent) for cause in _causes(error)):
+                    return []
+                raise
+        given: Any = config.eos_token_id
+        return [] if given is None else [given] if isinstance(given, int) else list(given)
 
     def load_model(self) -> PreTrainedModel:
         config = self._load_config()
@@ -196,6 +228,16 @@ def _expanded(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and those that led to it."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return causes
+
+
 class _explained:
     """Turns the errors of Hub and loader into one sentence with a remedy."""
 
@@ -208,11 +250,7 @@ class _explained:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ModelSourceError) or not isinstance(error, _LOADING_ERRORS):
             return
-        causes: list[BaseException] = []
-        cause: BaseException | None = error
-        while cause is not None and cause not in causes:
-            causes.append(cause)
-            cause = cause.__cause__ or cause.__context__
+        causes = _causes(error)
         text = " ".join(str(error).split())
         if any(isinstance(item, GatedRepoError) for item in causes) or "gated repo" in text:
             remedy = (

@@ -1,97 +1,16 @@
 import pytest
 
-from bfpo_pl.data.adapters import Columns, Messages, PKUSafeRLHF, UltraFeedbackBinarized
+from bfpo_pl.component import UserError
+from bfpo_pl.data.adapters import Columns, Messages
+from bfpo_pl.data.files import LocalFiles
 from bfpo_pl.data.rows import Message, RowError
+from bfpo_pl.data.schemas import UltraFeedbackBinarized
 
-PKU = {
-    "prompt": "How?",
-    "response_0": "zero",
-    "response_1": "one",
-    "is_response_0_safe": True,
-    "is_response_1_safe": False,
-    "better_response_id": 1,
-    "safer_response_id": 0,
-}
+COLUMNS = {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_safe": True, "rejected_safe": 0.25}
 
 
 def turns(*contents, roles=("user", "assistant")):
     return [{"role": roles[index % 2], "content": content} for index, content in enumerate(contents)]
-
-
-ULTRA = {
-    "prompt": "q2",
-    "prompt_id": "x",
-    "chosen": turns("q1", "a1", "q2", "good"),
-    "rejected": turns("q1", "a1", "q2", "bad"),
-    "messages": [],
-    "score_chosen": 8.5,
-    "score_rejected": 3.0,
-}
-
-
-def test_pku_orders_by_helpfulness():
-    row = PKUSafeRLHF()(PKU, "f:1")
-    assert row.responses == ("one", "zero")
-    assert row.columns == {"safe": (0.0, 1.0)}
-    assert (row.prompt, row.pairs, row.origin) == ((Message("user", "How?"),), ((0, 1),), "f:1")
-
-
-def test_pku_orders_by_safety():
-    row = PKUSafeRLHF(order="safety")({**PKU, "better_response_id": None}, "f:1")
-    assert row.responses == ("zero", "one")
-    assert row.columns == {"safe": (1.0, 0.0)}
-
-
-def test_pku_without_helpfulness_order_names_the_remedy():
-    with pytest.raises(RowError, match=r"f:12: better_response_id = None: no helpfulness order\. .*order: safety"):
-        PKUSafeRLHF()({**PKU, "better_response_id": None}, "f:12")
-
-
-@pytest.mark.parametrize("value", [2, -1, "1", True, 0.5])
-def test_pku_ids_are_0_or_1(value):
-    with pytest.raises(RowError, match="must be 0 or 1"):
-        PKUSafeRLHF()({**PKU, "better_response_id": value}, "f:1")
-
-
-@pytest.mark.parametrize("field", sorted(set(PKU) - {"safer_response_id"}))
-def test_pku_missing_fields(field):
-    raw = {key: value for key, value in PKU.items() if key != field}
-    with pytest.raises(RowError, match=f"the field '{field}' is missing") as caught:
-        PKUSafeRLHF()(raw, "f:1")
-    assert caught.value.field == field
-
-
-@pytest.mark.parametrize("value", ["False", None, 3])
-def test_pku_flags_are_strict(value):
-    with pytest.raises(RowError):
-        PKUSafeRLHF()({**PKU, "is_response_0_safe": value}, "f:1")
-
-
-def test_pku_extra_fields_do_no_harm():
-    assert PKUSafeRLHF()({**PKU, "sha256": "x", "response_0_severity_level": 3}, "f:1").columns == {"safe": (0.0, 1.0)}
-
-
-def test_ultrafeedback_shares_the_turns():
-    row = UltraFeedbackBinarized()(ULTRA, "f:1")
-    assert [turn.content for turn in row.prompt] == ["q1", "a1", "q2"]
-    assert row.responses == ("good", "bad")
-    assert row.columns == {"score": (8.5, 3.0)}
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"rejected": turns("other", "a1", "q2", "bad")}, "differ before the last message"),
-        ({"rejected": turns("q1", "a1", "q2", "good")}, "identical"),
-        ({"chosen": turns("q1"), "rejected": turns("q2")}, "not the assistant's"),
-        ({"chosen": [], "rejected": []}, "not the assistant's"),
-        ({"chosen": "text"}, "differ before the last message"),
-        ({"score_chosen": "high"}, "finite numbers"),
-    ],
-)
-def test_ultrafeedback_refuses(change, reason):
-    with pytest.raises(RowError, match=reason):
-        UltraFeedbackBinarized()({**ULTRA, **change}, "f:1")
 
 
 def test_messages_take_the_last_as_response():
@@ -131,3 +50,79 @@ def test_columns_with_messages():
     assert row.responses == ("a", "b")
     with pytest.raises(RowError, match="does not begin with the prompt"):
         adapter({"prompt": turns("q"), "chosen": turns("other", "a"), "rejected": "b"}, "f:1")
+
+
+def test_columns_refuse_flags_that_are_null():
+    with pytest.raises(RowError, match=r"rejected_safe = None: the safety flag is missing.*set both to null"):
+        Columns()({**COLUMNS, "rejected_safe": None}, "f:1")
+    with pytest.raises(RowError, match="chosen_safe = None: the safety flag is missing"):
+        Columns()({**COLUMNS, "chosen_safe": None, "rejected_safe": None}, "f:1")
+
+
+def test_conversations_may_begin_with_a_system_message():
+    system = {"role": "system", "content": "Be brief."}
+    row = Messages()({"messages": [system, *turns("q", "a")]}, "f:1")
+    assert row.prompt == (Message("system", "Be brief."), Message("user", "q"))
+    sides = {side: [system, *turns("q", side)] for side in ("chosen", "rejected")}
+    assert UltraFeedbackBinarized()(sides, "f:1").prompt == row.prompt
+    with pytest.raises(RowError, match="half of a surrogate pair"):
+        Messages()({"messages": [{**system, "content": "\udc00"}, *turns("q", "a")]}, "f:1")
+
+
+def test_columns_read_csv_with_its_types(tmp_path):
+    path = tmp_path / "rows.csv"
+    text = "prompt,chosen,rejected,chosen_safe,rejected_safe,chosen_score,rejected_score,gap\n"
+    path.write_text(text + '"a\n""q""",42,43 times,TRUE,0.5,2,-1e1,3\np,x,y,false,1,0.5,0,0\n')
+    adapter = Columns(extras=["chosen_score", "rejected_score", "gap"])
+    first, second = (adapter(raw, origin) for origin, raw in LocalFiles(str(path)).rows("train"))
+    assert (first.prompt[0].content, second.responses) == ('a\n"q"', ("x", "y"))
+    assert first.columns == {"safe": (1.0, 0.5), "score": (2.0, -10.0)}
+    assert first.responses == ("42", "43 times")
+    assert (second.columns["safe"], second.pair_columns) == ((0.0, 1.0), {"gap": (0.0,)})
+    path.write_text(text + "p,x,y,yes,1,0,0,0\np,x,y,true,1,0,0,0\n")
+    with pytest.raises(RowError, match=r"rows.csv:2: chosen_safe = 'yes'.*In a CSV file one cell"):
+        [adapter(raw, origin) for origin, raw in LocalFiles(str(path)).rows("train")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"extras": ["origin"]}, "extras cannot have 'origin'"),
+        ({"extras": ["gap", "prompt"]}, "extras cannot have 'prompt'"),
+        ({"extras": ["cls"]}, "extras cannot have 'cls'"),
+        ({"extras": ["safe"]}, "extras cannot have 'safe'"),
+        (
+            {"chosen_safe": None, "rejected_safe": None, "extras": ["chosen_safe", "rejected_safe"]},
+            "'chosen_safe', which is a safety flag.*in the argument chosen_safe",
+        ),
+        ({"extras": ["gap", "gap"]}, "extras names 'gap' 2 times"),
+        ({"extras": ["chosen_score", "rejected_score", "score"]}, "extras makes 'score' a pair column, and"),
+        ({"rejected": None, "extras": ["gap"]}, "extras are columns of pairs, and rejected: null"),
+        ({"rejected": None, "chosen_safe": "ok"}, "chosen_safe and rejected_safe are columns of pairs"),
+        ({"rejected": None, "rejected_safe": "ok"}, "chosen_safe and rejected_safe are columns of pairs"),
+    ],
+)
+def test_columns_refuse_what_they_cannot_read(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Columns(**arguments)
+
+
+def test_columns_that_look_alike_and_are_not():
+    names = ["chosen_rank", "rank", "chosen_score", "rejected_score", "chosen_", "origins"]
+    row = Columns(extras=names)({**COLUMNS, **dict.fromkeys(names, 2)}, "f:1")
+    assert row.columns == {"safe": (1.0, 0.25), "score": (2.0, 2.0)}
+    assert sorted(row.pair_columns) == ["chosen_", "chosen_rank", "origins", "rank"]
+    for flags in ({}, {"chosen_safe": None, "rejected_safe": None}):
+        assert Columns(rejected=None, **flags)(COLUMNS, "f:1").responses == ("a",)
+
+
+def test_columns_of_numbers_in_csv_are_no_text_and_say_what_to_do(tmp_path):
+    path = tmp_path / "sums.csv"
+    path.write_text("prompt,chosen,rejected\n2 + 2?,4,5\n")
+    [(origin, raw)] = LocalFiles(str(path)).rows("train")
+    with pytest.raises(RowError, match=r"sums.csv:2: chosen = 4: it is not text\. In a CSV file .* as JSON lines"):
+        Columns(chosen_safe=None, rejected_safe=None)(raw, origin)
+    path.write_text("prompt,chosen,rejected\n4,four,five\n")
+    [(origin, raw)] = LocalFiles(str(path)).rows("train")
+    with pytest.raises(RowError, match=r"sums.csv:2: prompt = 4: it is neither text .* as JSON lines"):
+        Columns(chosen_safe=None, rejected_safe=None)(raw, origin)

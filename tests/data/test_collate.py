@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bfpo_pl.data.collate import Collator, collate
-from bfpo_pl.data.templates import PairTree
+from bfpo_pl.data.trees import PairTree
 
 PAIR = PairTree([1, 2, 3], [[4, 5], [6]], ((0, 1),), {"safe": (1.0, 0.0)}, {"gap": (0.5,)}, "a:1")
 TREE = PairTree([7], [[8], [9, 9], [10]], ((2, 0), (1, 0)), {"safe": (0.25, 1.0, 0.0)}, {"gap": (1.0, 2.0)}, "b:1")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from bfpo_pl.data.adapters import PKUSafeRLHF, UltraFeedbackBinarized
 from bfpo_pl.data.datamodule import AlignmentData
 from bfpo_pl.data.microworld_sources import MicroworldHelpfulness, MicroworldSafety
+from bfpo_pl.data.schemas import PKUSafeRLHF, UltraFeedbackBinarized
 from bfpo_pl.data.streams import Stream
 from bfpo_pl.microworld import build_tokenizer
 

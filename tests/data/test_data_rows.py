@@ -33,7 +33,7 @@ def test_flags_that_are_accepted(value):
     assert Row.pair("p", "a", "b", value, value).columns["safe"] == (float(value), float(value))
 
 
-BAD_FLAGS = ["yes", "", "1", "False", "true", 2, -1, 1.01, math.nan, math.inf, [], {}, [1]]
+BAD_FLAGS = ["yes", "", "1", "False", "true", 2, 10**400, -1, 1.01, math.nan, math.inf, [], {}, [1]]
 
 
 @pytest.mark.parametrize("value", BAD_FLAGS)
@@ -61,6 +61,15 @@ def test_one_flag_of_two_is_refused():
         (("  ", "a", "b"), "prompt", "empty"),
         (("p", None, "b"), "chosen", "not text"),
         (("p", "a", 3), "rejected", "not text"),
+        (("p", "\u00a0\u2003\u3000\u2028", "b"), "chosen", "empty"),
+        (("\u200b\ufeff \n", "a", "b"), "prompt", "empty"),
+        (("\x00", "a", "b"), "prompt", "empty"),
+        (("p", "\u2800\u3164", "b"), "chosen", "empty"),
+        (("p", "a", "\u00ad\x07\x7f\u202e\u115f\ufe0f"), "rejected", "empty"),
+        (("p", "a", "b\ud83d"), "rejected", "half of a surrogate pair"),
+        (("\udfffp", "a", "b"), "prompt", "half of a surrogate pair"),
+        (([{"role": "system", "content": "\ud800"}, USER], "a", "b"), "prompt[0]", "half of a surrogate pair"),
+        (([USER, {"role": "assistant", "content": "\ud800"}, USER], "a", "b"), "prompt[1]", "half of a surrogate pair"),
         ((None, "a", "b"), "prompt", "neither text nor a list"),
         ((7, "a", "b"), "prompt", "neither text nor a list"),
         (([], "a", "b"), "prompt", "no message"),
@@ -84,7 +93,7 @@ def test_rows_that_are_refused(arguments, field, reason):
     assert str(caught.value).startswith("f:3: ")
 
 
-@pytest.mark.parametrize("value", ["3", None, math.nan, [1.0]])
+@pytest.mark.parametrize("value", ["3", None, math.nan, [1.0], 10**400])
 def test_extras_must_be_finite_numbers(value):
     with pytest.raises(RowError, match=r"margin = .*finite numbers"):
         Row.pair("p", "a", "b", margin=value)
@@ -109,7 +118,18 @@ def test_messages_show_little_of_a_value():
 
 
 @pytest.mark.parametrize(
-    "text", ["👍🏽 emoji", "مرحبا بالعالم", "x" * 50_000, "nul\x00byte", "windows\r\nlines", "\ufeffbom"]
+    "text",
+    [
+        "👍🏽 emoji",
+        "مرحبا بالعالم",
+        "x" * 50_000,
+        "nul\x00byte",
+        "windows\r\nlines",
+        "\ufeffbom",
+        "\x00x",
+        "\u2803",
+        "👩\u200d👧",
+    ],
 )
 def test_odd_text_is_kept_as_it_is(text):
     assert Row.pair(text, text + "a", text + "b").responses == (text + "a", text + "b")

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import pytest
 import torch
@@ -6,14 +7,17 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 
 from bfpo_pl.component import UserError
-from bfpo_pl.data import datamodule
-from bfpo_pl.data.adapters import Columns, Messages, PKUSafeRLHF, UltraFeedbackBinarized
+from bfpo_pl.data import preparation
+from bfpo_pl.data.adapters import Columns, Messages
 from bfpo_pl.data.datamodule import AlignmentData
+from bfpo_pl.data.files import LocalFiles
 from bfpo_pl.data.microworld_sources import MicroworldHelpfulness, MicroworldSafety, MicroworldSFT
 from bfpo_pl.data.reading import DataError
-from bfpo_pl.data.sources import JsonLines
+from bfpo_pl.data.schemas import PKUSafeRLHF, UltraFeedbackBinarized
+from bfpo_pl.data.sources import HubDataset
 from bfpo_pl.data.streams import Stream
-from bfpo_pl.data.templates import ChatTemplate, Truncation
+from bfpo_pl.data.templates import ChatTemplate
+from bfpo_pl.data.truncation import Truncation
 from bfpo_pl.microworld import build_tokenizer
 
 
@@ -102,7 +106,7 @@ def plain_tokenizer(kit):
 
 def test_bad_rows_are_reported_together(bad_file, kit):
     with pytest.raises(DataError) as caught:
-        ready({"mine": Stream(JsonLines(bad_file), Columns(), 2)}, tokenizer=plain_tokenizer(kit))
+        ready({"mine": Stream(LocalFiles(bad_file), Columns(), 2)}, tokenizer=plain_tokenizer(kit))
     message = str(caught.value)
     assert "6 rows cannot be used" in message
     assert "mine, train: 3 of 9: a safety flag must be" in message
@@ -114,7 +118,9 @@ def test_bad_rows_are_reported_together(bad_file, kit):
 
 
 def test_bad_rows_are_dropped_and_counted(bad_file, kit):
-    data = ready({"mine": Stream(JsonLines(bad_file), Columns(), 2)}, tokenizer=plain_tokenizer(kit), on_bad_row="drop")
+    data = ready(
+        {"mine": Stream(LocalFiles(bad_file), Columns(), 2)}, tokenizer=plain_tokenizer(kit), on_bad_row="drop"
+    )
     report = json.loads(json.dumps(data.report))["mine"]["train"]
     assert report["rows"] == 3
     assert sum(report["dropped"].values()) == 6
@@ -124,17 +130,17 @@ def test_bad_rows_are_dropped_and_counted(bad_file, kit):
 
 def test_flags_missing_in_some_rows(write_jsonl, kit):
     path = write_jsonl([GOOD, {**GOOD, "chosen_safe": None, "rejected_safe": None}])
-    with pytest.raises(DataError, match=r"(?s):2: safe = None.*data\.streams\.mine\.assume_safe: true"):
-        ready({"mine": Stream(JsonLines(path), Columns(), 2)}, tokenizer=plain_tokenizer(kit))
-    data = ready({"mine": Stream(JsonLines(path), Columns(), 2, assume_safe=True)}, tokenizer=plain_tokenizer(kit))
+    with pytest.raises(DataError, match=r"(?s):2: chosen_safe = None.*set assume_safe: true in the stream"):
+        ready({"mine": Stream(LocalFiles(path), Columns(), 2)}, tokenizer=plain_tokenizer(kit))
+    data = ready({"mine": Stream(LocalFiles(path), Columns(), 2, assume_safe=True)}, tokenizer=plain_tokenizer(kit))
     assert sorted(next(iter(data.train_dataloader())).annotations["rejected_safe"].tolist()) == [0.0, 1.0]
 
 
 def test_streams_without_rows_and_cuts(write_jsonl, kit):
     with pytest.raises(DataError, match="Stream 'mine' has no row to use in its train split"):
-        ready({"mine": Stream(JsonLines(write_jsonl([])), Columns(), 2)}, tokenizer=plain_tokenizer(kit))
+        ready({"mine": Stream(LocalFiles(write_jsonl([])), Columns(), 2)}, tokenizer=plain_tokenizer(kit))
     long = {**GOOD, "prompt": "p" * 100, "chosen": "a" * 100}
-    source = JsonLines(write_jsonl([GOOD, long]))
+    source = LocalFiles(write_jsonl([GOOD, long]))
     data = ready({"mine": Stream(source, Columns(), 2)}, tokenizer=plain_tokenizer(kit), truncation=Truncation(70, 40))
     assert data.report["mine"]["train"]["prompts_cut"] == 1
     assert data.report["mine"]["train"]["responses_cut"] == 1
@@ -142,13 +148,13 @@ def test_streams_without_rows_and_cuts(write_jsonl, kit):
 
 def test_pairs_that_truncation_makes_identical(write_jsonl, kit, monkeypatch):
     said = []
-    monkeypatch.setattr(datamodule, "rank_zero_info", said.append)
+    monkeypatch.setattr(preparation, "rank_zero_info", said.append)
     answers = ("seven words are in this first answer", "seven words are in this other answer")
     long = {**GOOD, "chosen": answers[0], "rejected": answers[1]}
     path = write_jsonl([GOOD, long, {**long, "chosen": "no"}, {**GOOD, "chosen_safe": "yes"}])
 
     def of(**kwargs):
-        stream = Stream(JsonLines(path), Columns(), 2)
+        stream = Stream(LocalFiles(path), Columns(), 2)
         return ready({"mine": stream}, tokenizer=plain_tokenizer(kit), truncation=Truncation(34, 30), **kwargs)
 
     data = of(on_bad_row="drop")
@@ -175,7 +181,7 @@ def test_pairs_that_truncation_makes_identical(write_jsonl, kit, monkeypatch):
 
 def test_nothing_is_said_where_nothing_is_cut(monkeypatch):
     said = []
-    monkeypatch.setattr(datamodule, "rank_zero_info", said.append)
+    monkeypatch.setattr(preparation, "rank_zero_info", said.append)
     ready({"safety": safety()})
     assert said == []
 
@@ -187,7 +193,7 @@ def test_flag_fields_that_no_row_has_can_be_taken_as_safe(adapter, write_jsonl, 
     rows = [raw, {**raw, adapter.flag_fields[0]: False}]
 
     def of(rows, assume_safe):
-        stream = Stream(JsonLines(write_jsonl(rows)), adapter, 2, assume_safe=assume_safe)
+        stream = Stream(LocalFiles(write_jsonl(rows)), adapter, 2, assume_safe=assume_safe)
         return ready({"mine": stream}, tokenizer=plain_tokenizer(kit))
 
     data = of(rows, True)
@@ -324,7 +330,7 @@ QUADRANTS = {"safe_safe": 313, "safe_unsafe": 0, "unsafe_safe": 253, "unsafe_uns
 
 
 def test_xstest_pairs(shared_data, kit):
-    source = JsonLines(str(shared_data / "xstest_dual_pairs" / "pairs.jsonl"))
+    source = LocalFiles(str(shared_data / "xstest_dual_pairs" / "pairs.jsonl"))
     adapter = Columns(chosen_safe="is_chosen_safe", rejected_safe="is_rejected_safe")
     data = ready({"safety": Stream(source, adapter, 8)}, tokenizer=plain_tokenizer(kit))
     assert data.report["safety"]["train"]["rows"] == 566
@@ -333,10 +339,10 @@ def test_xstest_pairs(shared_data, kit):
 
 
 def test_pku_without_helpfulness_order(shared_data, kit):
-    source = JsonLines(str(shared_data / "pku_saferlhf_pairs" / "pku_discordant_clean.jsonl"))
+    source = LocalFiles(str(shared_data / "pku_saferlhf_pairs" / "pku_discordant_clean.jsonl"))
     with pytest.raises(DataError) as caught:
         ready({"safety": Stream(source, PKUSafeRLHF(), 8)}, tokenizer=plain_tokenizer(kit))
-    assert "safety, train: 2701 of 2701: no helpfulness order" in str(caught.value)
+    assert "safety, train: 2,701 of 2,701: no helpfulness order" in str(caught.value)
     assert "pku_discordant_clean.jsonl:1: better_response_id = None" in str(caught.value)
     assert "order: safety" in str(caught.value)
     template = ChatTemplate(kit.ZEPHYR)
@@ -344,3 +350,70 @@ def test_pku_without_helpfulness_order(shared_data, kit):
         {"safety": Stream(source, PKUSafeRLHF("safety"), 8)}, tokenizer=plain_tokenizer(kit), template=template
     )
     assert data.report["safety"]["train"]["quadrants"]["safe_unsafe"] == 2701
+
+
+def test_a_hold_out_that_nothing_validates_on_is_refused(write_jsonl):
+    held = Stream(LocalFiles(write_jsonl([GOOD])), Columns(), 2, validation_fraction=0.3)
+    with pytest.raises(
+        DataError, match=r"help\.validation_fraction holds rows out that nothing validates on: add help to"
+    ):
+        AlignmentData({"safety": safety(), "help": held})
+    AlignmentData({"safety": safety(), "help": held}, validation_streams=["help"])
+
+
+def test_prompts_that_another_stream_trains_on_are_counted(write_jsonl, kit):
+    rows = [{**GOOD, "prompt": f"p{index}"} for index in range(50)]
+    source = LocalFiles(write_jsonl(rows))
+    held, other = Stream(source, Columns(), 2, validation_fraction=0.3), Stream(source, Columns(), 2)
+    data = ready({"safety": held, "other": other}, tokenizer=plain_tokenizer(kit))
+    validation = data.report["safety"]["validation"]
+    assert validation["prompts_also_trained_on"] == validation["rows"] > 0
+    alone = ready({"safety": held}, tokenizer=plain_tokenizer(kit))
+    assert alone.report["safety"]["validation"]["prompts_also_trained_on"] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_rows_are_counted_where_they_are_read(tmp_path, kit, workers):
+    rows = [{**GOOD, "prompt": f"p{index}", "chosen": "a" * 40 if index % 4 == 0 else "a"} for index in range(20)]
+    rows[3] = rows[13] = {**GOOD, "chosen_safe": "yes"}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = HubDataset(str(tmp_path), splits={"train": "train"}, streaming=True)
+    data = AlignmentData(
+        {"mine": Stream(source, Columns(), 3, shuffle_buffer=6)},
+        on_bad_row="drop",
+        truncation=Truncation(40, 30),
+        num_workers=workers,
+    )
+    data.tokenizer = plain_tokenizer(kit)
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    origins = [origin for _ in range(6) for origin in next(batches).origins]
+    assert len(set(origins)) == 18
+    del batches
+    counts = data.report["mine"]["train"]
+    assert (counts["streaming"], counts["dropped"]) == (True, 2)
+    assert counts["responses_cut"] >= 5
+
+
+def test_a_streaming_stream_before_a_stored_one(tmp_path, kit, write_jsonl):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_text(
+        "".join(json.dumps({**GOOD, "prompt": f"s{n}"}) + "\n" for n in range(9))
+    )
+    first = Stream(HubDataset(str(tmp_path / "hub"), splits={"train": "train"}, streaming=True), Columns(), 2)
+    second = Stream(LocalFiles(write_jsonl([{**GOOD, "prompt": f"t{n}"} for n in range(4)])), Columns(), 1)
+    data = ready({"first": first, "second": second}, tokenizer=plain_tokenizer(kit))
+    batch = next(iter(data.train_dataloader()))
+    assert [origin.startswith(str(tmp_path / "hub")) for origin in batch.origins] == [True, True, False]
+    assert batch.pair_stream.tolist() == [0, 0, 1]
+
+
+def test_a_turn_that_ends_in_no_stop_token_is_told(write_jsonl, kit):
+    tokenizer = kit.byte_level()
+    tokenizer.chat_template = kit.CHATML
+    stream = {"mine": Stream(LocalFiles(write_jsonl([GOOD])), Columns(), 1)}
+    with pytest.warns(UserWarning, match=r"ends turns with <\|im_end\|>.*stop_tokens: \['<\|im_end\|>'\]"):
+        ready(stream, tokenizer=tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ready(stream, tokenizer=tokenizer, template=ChatTemplate(stop_tokens=["<|im_end|>"]))

@@ -1,15 +1,20 @@
+import zlib
 from collections import Counter
+from itertools import islice
 
+import numpy as np
 import pytest
 
-from bfpo_pl.data.streams import SequentialSampler, StreamOrder, StreamSampler
+from bfpo_pl.component import UserError
+from bfpo_pl.data import Columns, LocalFiles
+from bfpo_pl.data.streams import FixedBatches, SequentialSampler, Stream, StreamOrder, StreamSampler
 
 SIZES = {"safety": 22, "help": 7, "more": 100}
 QUOTAS = {"safety": 4, "help": 3, "more": 2}
 
 
 def sampler(rank=0, world=1, quotas=QUOTAS, **kwargs):
-    return StreamSampler(SIZES, quotas, "safety", seed=3, rank=rank, world=world, **kwargs)
+    return StreamSampler(FixedBatches(SIZES, quotas, "safety", seed=3, world=world), rank, **kwargs)
 
 
 def epochs(it, count):
@@ -25,6 +30,21 @@ def test_an_order_is_one_permutation_after_the_other():
     assert all(order.rows(a, b) == rows[a:b] for a in range(28) for b in range(a, 28))
     assert StreamOrder("help", 7, seed=1).rows(0, 28) != rows
     assert StreamOrder("other", 7, seed=0).rows(0, 28) != rows
+
+
+def test_batches_are_cut_from_the_seeded_permutations():
+    def order(name, passes):
+        generators = [np.random.default_rng([3, zlib.crc32(name.encode()), number]) for number in range(passes)]
+        return [row for generator in generators for row in generator.permutation(SIZES[name]).tolist()]
+
+    safety, helpful, more = (order(name, 6) for name in SIZES)
+    expected = []
+    for number in range(12):
+        epoch, within = divmod(number, 6)
+        own = safety[22 * epoch + 4 * within : 22 * epoch + min(4 * within + 4, 22)]
+        others = helpful[3 * number : 3 * number + 3], more[2 * number : 2 * number + 2]
+        expected.append([(index, row) for index, rows in enumerate((own, *others)) for row in rows])
+    assert epochs(sampler(), 2) == expected
 
 
 def test_the_driver_sets_the_epoch_and_the_others_go_on():
@@ -56,7 +76,8 @@ def test_ranks_share_out_the_global_batches(world):
 
 
 def test_a_rank_may_get_none_of_the_drivers_rows():
-    ranks = [list(StreamSampler({"a": 5}, {"a": 2}, "a", rank=rank, world=2)) for rank in range(2)]
+    batches = FixedBatches({"a": 5}, {"a": 2}, "a", world=2)
+    ranks = [list(StreamSampler(batches, rank)) for rank in range(2)]
     assert [[len(batch) for batch in batches] for batches in ranks] == [[2, 1], [2, 0]]
 
 
@@ -78,13 +99,76 @@ def test_shorter_epochs():
     short = sampler(epoch_batches=4)
     assert epochs(short, 3) == epochs(sampler(), 2)
     assert epochs(sampler(epoch_batches=2, repeat=True), 2) == 2 * epochs(sampler(), 1)[:2]
+    assert [len(list(sampler(epoch_batches=share))) for share in (1.0, 0.7, 0.5, 0.01)] == [6, 4, 3, 1]
+    assert [len(list(sampler(epoch_batches=number))) for number in (100, 6, 1)] == [6, 6, 1]
 
 
 def test_the_seed_alone_decides():
     assert epochs(sampler(), 1) == epochs(sampler(), 1)
-    assert epochs(sampler(), 1) != epochs(StreamSampler(SIZES, QUOTAS, "safety", seed=4), 1)
+    assert epochs(sampler(), 1) != epochs(StreamSampler(FixedBatches(SIZES, QUOTAS, "safety", seed=4)), 1)
     with pytest.raises(ValueError, match="rank"):
         sampler(rank=2, world=2)
+
+
+def streaming(driver, **kwargs):
+    sizes = {"stream": None, "help": 7}
+    return [
+        StreamSampler(FixedBatches(sizes, {"stream": 3, "help": 2}, driver, world=2), rank, **kwargs)
+        for rank in range(2)
+    ]
+
+
+def test_a_driver_that_streams_has_one_endless_epoch():
+    ranks = streaming("stream")
+    with pytest.raises(TypeError):
+        len(ranks[0])
+    for rank, batches in enumerate(ranks):
+        taken = list(islice(batches, 50))
+        positions = [row for batch in taken for stream, row in batch if stream == 0]
+        assert positions == list(range(rank, 300, 2))
+        assert all(sum(stream == 1 for stream, _ in batch) == 2 for batch in taken)
+        resumed = StreamSampler(batches.batches, rank, start=lambda: 17)
+        assert list(islice(resumed, 33)) == taken[17:]
+    whole = list(islice(streaming("stream")[0], 12))
+    assert epochs(streaming("stream", epoch_batches=4)[0], 3) == whole
+    assert epochs(streaming("stream", epoch_batches=4, repeat=True)[0], 2) == 2 * whole[:4]
+
+
+def test_a_stream_beside_the_driver_goes_on_over_epochs():
+    batches = epochs(streaming("help")[0], 3)
+    assert len(batches) == 6
+    assert [row for batch in batches for stream, row in batch if stream == 0] == list(range(0, 36, 2))
+
+
+def test_a_share_of_an_endless_epoch_is_refused():
+    with pytest.raises(UserError, match=r"limit_train_batches = 0\.5 .* whole number"):
+        streaming("stream", epoch_batches=0.5)
+    with pytest.raises(UserError, match="overfit_batches"):
+        streaming("stream", repeat=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("weight", -1.0),
+        ("fraction", 0.0),
+        ("fraction", 1.5),
+        ("take", "last"),
+        ("take_seed", -1),
+        ("validation_fraction", 1.0),
+        ("validation_fraction", -0.1),
+        ("duplicates", "count"),
+        ("shuffle_buffer", 0),
+    ],
+)
+def test_what_a_stream_cannot_be(name, value):
+    source, adapter = LocalFiles("rows.jsonl"), Columns()
+    with pytest.raises(UserError, match=f"Stream: {name} must .* not {value!r}"):
+        Stream(**{"source": source, "adapter": adapter, "batch_size": 1, name: value})
+    Stream(
+        source, adapter, 1, fraction=1.0, take="random", validation_fraction=0.0, duplicates="drop", shuffle_buffer=1
+    )
 
 
 def test_validation_goes_in_order():

@@ -1,9 +1,14 @@
+import inspect
+import json
 import random
 
 import pytest
 
-from bfpo_pl.data.rows import Message, Row
-from bfpo_pl.data.templates import ChatTemplate, RowEncoder, TemplateError, Truncation
+from bfpo_pl.component import UserError
+from bfpo_pl.data.encoding import RowEncoder
+from bfpo_pl.data.rows import Row, RowError
+from bfpo_pl.data.templates import ChatTemplate, OfficialTemplate, TemplateError
+from bfpo_pl.data.truncation import Truncation
 from bfpo_pl.microworld import build_tokenizer, safety_rows
 
 TOKENIZERS = {
@@ -52,16 +57,6 @@ def test_boundary_and_special_tokens(encoder, kit):
             assert ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_many_rows_together_are_encoded_as_one_by_one(encoder, kit):
-    rows = list(random_rows(" ".join(kit.TEXTS).split(" "), 20, seed=2))
-    rows += [Row.single("one", "a</s>b"), Row((Message("user", "three"),), ("a", "b", "c"), ((2, 0),))]
-    for truncation in (LONG, Truncation(90, 60), Truncation(90, 60, "start")):
-        together, alone = (RowEncoder(encoder.tokenizer, encoder.template, truncation) for _ in range(2))
-        assert together.many(rows) == [alone(row) for row in rows]
-        assert together.counts == alone.counts
-        assert (truncation is LONG) == (together.counts["prompts_cut"] == 0)
-
-
 def test_text_comes_back(encoder, kit):
     """decode(prompt) and decode(response) together are the rendered text up to the first stop token."""
     tokenizer = encoder.tokenizer
@@ -71,9 +66,9 @@ def test_text_comes_back(encoder, kit):
         tree = encoder(row)
         turns = [{"role": "system", "content": "Be good."}]
         turns += [{"role": turn.role, "content": turn.content} for turn in row.prompt]
-        prompt = encoder._rendered(turns, generation=True)
+        prompt = encoder.tokens.render([turns], generation=True)[0]
         for text, ids in zip(row.responses, tree.response_ids, strict=True):
-            full = encoder._rendered([*turns, {"role": "assistant", "content": text}], generation=False)
+            full = encoder.tokens.render([[*turns, {"role": "assistant", "content": text}]], generation=False)[0]
             decoded = tokenizer.decode(tree.prompt_ids) + tokenizer.decode(ids[:-1])
             if not prompt.startswith(tokenizer.bos_token or "\0"):
                 decoded = decoded.removeprefix(tokenizer.bos_token or "")
@@ -89,19 +84,6 @@ def test_zephyr_by_hand(kit):
     tree = RowEncoder(tokenizer, ChatTemplate(kit.ZEPHYR, system=""), LONG)(Row.pair("PROMPT", "RESP", "OTHER"))
     assert tokenizer.decode(tree.prompt_ids) == "<s><|system|>\n</s>\n<|user|>\nPROMPT</s>\n<|assistant|>\n"
     assert [tokenizer.decode(ids) for ids in tree.response_ids] == ["RESP</s>", "OTHER</s>"]
-
-
-def test_zephyr_agrees_with_the_official_tokens(shared_data, kit):
-    """Rendered text as recorded from the official code, except where ours ends at the first end token."""
-    import json
-
-    expected = json.loads((shared_data.parent / "vectors" / "bfpo_vectors.json").read_text())["tokenisation"]
-    tokenizer = kit.byte_level()
-    tree = RowEncoder(tokenizer, ChatTemplate(kit.ZEPHYR, system=""), LONG)(Row.single("PROMPT", "RESP"))
-    assert tokenizer.decode(tree.prompt_ids) == "<s>" + expected["prompt_with_generation_prompt"]
-    assert tokenizer.decode([*tree.prompt_ids, *tree.response_ids[0]]) + "\n" == (
-        "<s>" + expected["prompt"] + expected["response"]
-    )
 
 
 def test_sentencepiece_puts_no_space_before_a_response(kit):
@@ -158,84 +140,10 @@ def test_template_files_and_errors(tmp_path, kit):
     assert tokenizer.decode(loud.prompt_ids).startswith("<s>LOUD[user]")
 
 
-@pytest.mark.parametrize("keep", ["end", "start"])
-def test_truncation_keeps_the_prompt_common(keep, kit):
-    tokenizer = kit.byte_level()
-    whole = RowEncoder(tokenizer, ChatTemplate(kit.PLAIN), LONG)
-    encoder = RowEncoder(tokenizer, ChatTemplate(kit.PLAIN), Truncation(60, 20, keep))
-    row = Row.pair("0123456789" * 20, "short", "long " * 40)
-    tree, full = encoder(row), whole(row)
-    assert len(tree.prompt_ids) == 20
-    header = tokenizer("[assistant] ", add_special_tokens=False)["input_ids"]
-    assert tree.prompt_ids[0] == tokenizer.bos_token_id
-    assert tree.prompt_ids[-len(header) :] == header
-    if keep == "end":
-        assert tree.prompt_ids[1:] == full.prompt_ids[-19:]
-    else:
-        assert tree.prompt_ids[: 20 - len(header)] == full.prompt_ids[: 20 - len(header)]
-    assert tree.response_ids == [full.response_ids[0], full.response_ids[1][:40]]
-    assert +encoder.counts == {"prompts_cut": 1, "responses_cut": 1}
-
-
-def test_nothing_is_cut_that_fits(kit):
-    tokenizer = kit.byte_level()
-    row = Row.pair("a long prompt, longer than its share", "yes", "no")
-    full = RowEncoder(tokenizer, ChatTemplate(kit.PLAIN), LONG)(row)
-    size = len(full.prompt_ids) + max(map(len, full.response_ids))
-    exact = RowEncoder(tokenizer, ChatTemplate(kit.PLAIN), Truncation(size, 5))
-    assert exact(row) == full
-    assert not +exact.counts
-    shorter = RowEncoder(tokenizer, ChatTemplate(kit.PLAIN), Truncation(size - 1, size - 2))
-    assert shorter(row).prompt_ids == full.prompt_ids
-    assert +shorter.counts == {"responses_cut": 1}
-
-
 def test_what_a_template_refuses_is_named():
     encoder = RowEncoder(build_tokenizer(), ChatTemplate(system="Be good."), Truncation())
     with pytest.raises(TemplateError, match=r"f:3: the chat template refuses a conversation of system, user: .*system"):
         encoder(Row.single("open the window", "no", "f:3"))
-    fine = [{"role": "system", "content": "no"}, {"role": "user", "content": "open"}]
-    with pytest.raises(TemplateError, match=r"^g:2: the chat template refuses a conversation of system, user:"):
-        RowEncoder(build_tokenizer(), ChatTemplate(), Truncation()).many(
-            [Row.single("open the window", "no", "g:1"), Row.single(fine, "no", "g:2")]
-        )
-
-
-def test_a_stop_token_in_the_text_is_counted(kit):
-    tokenizer = kit.byte_level()
-    encoder = RowEncoder(tokenizer, ChatTemplate(kit.ZEPHYR), LONG)
-    tree = encoder(Row.pair("p", "one</s>two", "three"))
-    assert tokenizer.decode(tree.response_ids[0]) == "one</s>"
-    assert +encoder.counts == {"stop_token_in_text": 1}
-
-
-def test_a_pair_that_is_the_same_in_tokens_is_a_fault(kit):
-    tokenizer = kit.byte_level()
-
-    def fault(chosen, rejected, truncation=LONG):
-        encoder = RowEncoder(tokenizer, ChatTemplate(kit.PLAIN), truncation)
-        row = Row.pair("p", chosen, rejected, origin="f:1")
-        return encoder.fault(row, encoder(row))
-
-    same = "the same beginning of both, "
-    assert fault(same + "a", same + "b") is None
-    cut = fault(same + "a", same + "b", Truncation(16, 15))
-    assert (cut.origin, cut.field, cut.value) == ("f:1", "rejected", repr(same + "b"))
-    assert cut.reason.endswith("identical once truncation cuts them (data.truncation.max_length = 16)")
-    assert fault("ab", "cd" + same, Truncation(16, 15)) is None
-    alike = fault("yes</s>one", "yes</s>another")
-    assert alike.reason == "the chosen and the rejected response tokenise alike"
-    row = Row((Message("user", "p"),), (same + "a", "x", same + "b"), ((1, 0),))
-    encoder = RowEncoder(tokenizer, ChatTemplate(kit.PLAIN), Truncation(16, 15))
-    assert encoder.fault(row, encoder(row)) is None, "only pairs must differ"
-
-
-def test_truncation_limits(kit):
-    with pytest.raises(ValueError, match="max_prompt_length must lie in"):
-        Truncation(10, 10)
-    encoder = RowEncoder(kit.byte_level(), ChatTemplate(kit.PLAIN), Truncation(20, 3))
-    with pytest.raises(TemplateError, match="that always stay"):
-        encoder(Row.single("0123456789" * 20, "x"))
 
 
 def test_the_microworld_in_its_own_tokens():
@@ -246,3 +154,309 @@ def test_the_microworld_in_its_own_tokens():
         assert tokenizer.decode(tree.prompt_ids) == f"<bos> {raw['prompt']} <sep>"
         assert tokenizer.decode(tree.response_ids[1]) == f"{raw['response_1']} <eos>"
         assert tokenizer.unk_token_id not in tree.prompt_ids
+
+
+# ---- templates as real models have them ---------------------------------------------------------------------------
+
+TURNS = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three?"},
+]
+REAL = {
+    "qwen": (
+        {"bos": None, "eos": "<|im_end|>"},
+        "CHATML",
+        None,
+        "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\nTwo.<|im_end|>\n<|im_start|>user\nThree?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "Four.<|im_end|>",
+    ),
+    "llama3": (
+        {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"},
+        "LLAMA3",
+        "<|eot_id|>",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nOne?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nTwo.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nThree?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "Four.<|eot_id|>",
+    ),
+    "gemma": (
+        {"bos": "<bos>", "eos": "<eos>"},
+        "GEMMA",
+        "<end_of_turn>",
+        "<bos><start_of_turn>user\nOne?<end_of_turn>\n<start_of_turn>model\nTwo.<end_of_turn>\n"
+        "<start_of_turn>user\nThree?<end_of_turn>\n<start_of_turn>model\n",
+        "Four.<end_of_turn>",
+    ),
+    "zephyr": (
+        {},
+        "ZEPHYR",
+        None,
+        "<s><|user|>\nOne?</s>\n<|assistant|>\nTwo.</s>\n<|user|>\nThree?</s>\n<|assistant|>\n",
+        "Four.</s>",
+    ),
+    "mistral": (
+        {},
+        "MISTRAL",
+        None,
+        "<s>[INST] One? [/INST] Two.</s>[INST] Three? [/INST]",
+        " Four.</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_templates_by_hand(name, kit):
+    """Boundary and end as each family's models are trained; its generation config names the stop that is no EOS."""
+    arguments, template, stop, prompt, response = REAL[name]
+    tokenizer = kit.byte_level(**arguments)
+    stop_ids = [] if stop is None else [tokenizer.convert_tokens_to_ids(stop)]
+    encoder = RowEncoder(tokenizer, ChatTemplate(getattr(kit, template)), LONG, stop_ids)
+    tree = encoder(Row.single(TURNS, "Four."))
+    assert tokenizer.decode(tree.prompt_ids) == prompt
+    assert tokenizer.decode(tree.response_ids[0]) == response
+    assert tree.prompt_ids == encoder.prompt_ids(Row.single(TURNS, "x").prompt)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_an_end_of_turn_that_ends_no_response_is_found(name, kit):
+    """Where nothing names the family's own end, it is the token that is reported."""
+    arguments, template, stop, _, _ = REAL[name]
+    tokenizer, chat = kit.byte_level(**arguments), ChatTemplate(getattr(kit, template))
+    assert RowEncoder(tokenizer, chat, LONG).unstopped_turn_end() == stop
+    if stop is not None:
+        named = ChatTemplate(getattr(kit, template), stop_tokens=[stop])
+        assert RowEncoder(tokenizer, named, LONG).unstopped_turn_end() is None
+        ids = [tokenizer.convert_tokens_to_ids(stop)]
+        assert RowEncoder(tokenizer, chat, LONG, ids).unstopped_turn_end() is None
+        assert RowEncoder(tokenizer, OfficialTemplate(getattr(kit, template), None), LONG).unstopped_turn_end() is None
+
+
+def test_no_end_of_turn_is_found_where_there_is_none(kit):
+    assert RowEncoder(kit.byte_level(), ChatTemplate(kit.PLAIN), LONG).unstopped_turn_end() is None
+    assert RowEncoder(kit.byte_level(), ChatTemplate(kit.GEMMA, system="x"), LONG).unstopped_turn_end() is None
+
+
+def test_without_the_generation_config_a_response_ends_at_the_tokenizers_token(kit):
+    tokenizer = kit.byte_level("<bos>", "<eos>")
+    tree = RowEncoder(tokenizer, ChatTemplate(kit.GEMMA), LONG)(Row.single(TURNS, "Four."))
+    assert tokenizer.decode(tree.response_ids[0]) == "Four.<end_of_turn>\n<eos>"
+
+
+def test_gemma_refuses_a_system_message(kit):
+    encoder = RowEncoder(kit.byte_level(), ChatTemplate(kit.GEMMA, system="Be good."), LONG)
+    with pytest.raises(TemplateError, match=r"f:1: the chat template refuses .* System role not supported"):
+        encoder(Row.single("Hi", "x", "f:1"))
+
+
+def test_a_single_row_that_a_template_refuses_is_a_bad_row(kit):
+    system = [{"role": "system", "content": "Be good."}, {"role": "user", "content": "Hi"}]
+    rows = [Row.pair("Hi", f"yes</s>{number}", "no", origin=f"f:{number}") for number in range(5)]
+    rows[3] = Row.pair(system, "yes", "no", origin="f:3")
+    encoder = RowEncoder(kit.byte_level(), ChatTemplate(kit.GEMMA), LONG)
+    results = encoder.many(rows)
+    assert [isinstance(result, RowError) for result in results] == [False, False, False, True, False]
+    assert (results[3].origin, results[3].field, results[3].value) == ("f:3", "roles", "'system, user'")
+    assert results[3].reason == "the chat template refuses the conversation: System role not supported"
+    assert "data.template.system, kwargs or chat_template" in results[3].remedy
+    assert +encoder.counts == {"stop_token_in_text": 4}
+    assert str(encoder.many([rows[3]])[0]) == str(results[3])
+    demanding = "{% if messages[0].role != 'system' %}{{ raise_exception('Who are you?') }}{% endif %}" + kit.PLAIN
+    refused, fine = RowEncoder(kit.byte_level(), ChatTemplate(demanding), LONG).many([rows[0], rows[3]])
+    assert refused.reason.endswith("refuses the conversation: Who are you?")
+    assert not isinstance(fine, RowError)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('Never.') }}", r"f:1: the chat template refuses a conversation of user: Never\.$"),
+        ("{% if add_generation_prompt %}p{% else %}{{ raise_exception('no') }}{% endif %}", "f:1: .*refuses"),
+        ("{{ absent.name }}", "f:1: .*'absent' is undefined"),
+        ("{% for m in messages %}", r"f:1: the chat template cannot be compiled: line 1: .*chat_template"),
+        ("{{ messages | no_filter }}", "f:1: the chat template cannot be compiled: line 1: No filter"),
+    ],
+)
+def test_a_template_that_refuses_every_row_stops(template, message, kit):
+    encoder = RowEncoder(kit.byte_level(), ChatTemplate(template), LONG)
+    with pytest.raises(TemplateError, match=message):
+        encoder.many([Row.single("Hi", "x", "f:1"), Row.single("Ho", "x", "f:2")])
+
+
+@pytest.mark.parametrize("kind", [ChatTemplate, OfficialTemplate])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("tokenizer_kwargs", "sanitize_control_tokens"),
+    ],
+)
+def test_variables_that_rendering_takes_for_itself_are_refused(kind, name):
+    with pytest.raises(UserError, match=rf"data\.template\.kwargs cannot set {name}: .* Leave it out"):
+        kind(kwargs={"enable_thinking": False, name: True})
+
+
+def test_no_argument_of_rendering_is_a_variable(kit):
+    """Those that transformers may add are found here; tools and documents are what templates write of."""
+    arguments = set(inspect.signature(kit.byte_level().apply_chat_template).parameters) - {"kwargs"}
+    for name in arguments - {"tools", "documents"}:
+        with pytest.raises(UserError, match=f"cannot set {name}:"):
+            ChatTemplate(kwargs={name: None})
+
+
+def test_a_template_without_a_prompt_or_a_response_is_refused(kit):
+    silent = "{% if add_generation_prompt %}[assistant] {% else %}[assistant] {% endif %}"
+    with pytest.raises(TemplateError, match="writes nothing for the response"):
+        RowEncoder(kit.byte_level(), ChatTemplate(silent), LONG)(Row.single("Hi", "x"))
+    last = "{% if messages[-1].role == 'assistant' %}{{ messages[-1].content }}{% endif %}"
+    with pytest.raises(TemplateError, match="writes no prompt"):
+        RowEncoder(kit.byte_level(bos=None), ChatTemplate(last), LONG)(Row.single("Hi", "x"))
+
+
+# ---- one beginning-of-sequence token ------------------------------------------------------------------------------
+
+
+def test_a_beginning_of_sequence_token_in_the_text_makes_a_bad_row(kit):
+    encoder = RowEncoder(kit.byte_level(), ChatTemplate(kit.PLAIN), LONG)
+    cases = {
+        "prompt": Row.pair("old price <s>9", "yes", "no", origin="f:1"),
+        "chosen": Row.pair("p", "yes <s>9", "no", origin="f:1"),
+        "rejected": Row.pair("p", "yes", "no <s>9", origin="f:1"),
+        "response": Row.single("p", "yes <s>9", "f:1"),
+    }
+    for name, row in cases.items():
+        error = encoder.many([row, Row.single("p", "x")])[0]
+        assert isinstance(error, RowError)
+        assert (error.origin, error.field, error.value) == ("f:1", name, "'<s>9'")
+        assert error.reason == "the text holds the tokenizer's beginning-of-sequence token <s>"
+
+
+def test_a_template_may_begin_every_turn_with_that_token(kit):
+    llama2 = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = kit.byte_level()
+    tree = RowEncoder(tokenizer, ChatTemplate(llama2), LONG)(Row.single(TURNS, "Four."))
+    assert tokenizer.decode(tree.prompt_ids) == "<s>[INST] One? [/INST] Two. </s><s>[INST] Three? [/INST]"
+    inside = kit.PLAIN.replace("m.content", "bos_token + m.content")
+    with pytest.raises(TemplateError, match="writes the beginning-of-sequence token <s> into a response"):
+        RowEncoder(tokenizer, ChatTemplate(inside), LONG)(Row.single("Hi", "x"))
+
+
+def test_a_doubled_token_at_the_beginning_is_one(kit):
+    tokenizer, row = kit.byte_level(), Row.single("Hi", "x")
+    doubled = RowEncoder(tokenizer, ChatTemplate("{{ bos_token + bos_token }}" + kit.PLAIN), LONG)
+    assert doubled(row) == RowEncoder(tokenizer, ChatTemplate(kit.PLAIN), LONG)(row)
+
+
+def test_one_token_for_both_ends(kit):
+    """GPT-2's beginning-of-sequence token is its end-of-sequence token."""
+    tokenizer = kit.byte_level(bos="</s>", eos="</s>")
+    tree = RowEncoder(tokenizer, ChatTemplate(kit.ZEPHYR), LONG)(Row.single("Hi", "x"))
+    assert tokenizer.decode([*tree.prompt_ids, *tree.response_ids[0]]) == "</s><|user|>\nHi</s>\n<|assistant|>\nx</s>"
+
+
+# ---- the loss on all tokens -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ChatTemplate, OfficialTemplate])
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_the_loss_on_all_tokens(kind, bos, kit):
+    tokenizer = kit.byte_level(bos=bos)
+    row = Row.single(TURNS, "Four.", "f:1")
+    plain = RowEncoder(tokenizer, kind(kit.ZEPHYR), LONG)(row)
+    encoder = RowEncoder(tokenizer, kind(kit.ZEPHYR, loss_on="all"), LONG)
+    whole = encoder(row)
+    assert whole.prompt_ids == plain.prompt_ids[:1]
+    assert whole.response_ids == [[*plain.prompt_ids[1:], *plain.response_ids[0]]]
+    assert encoder.prompt_ids(row.prompt) == plain.prompt_ids
+    size = len(plain.prompt_ids) + 1
+    short = RowEncoder(tokenizer, kind(kit.ZEPHYR, loss_on="all"), Truncation(size, 10))
+    assert short(row).response_ids == [whole.response_ids[0][: size - 1]]
+    assert +short.counts == {"responses_cut": 1}
+    with pytest.raises(TemplateError, match=r"f:2: data\.template\.loss_on = all is for rows with one response"):
+        encoder.many([row, Row.pair("p", "a", "b", origin="f:2")])
+
+
+# ---- the official code's tokens -------------------------------------------------------------------------------------
+
+
+def official(tokenizer, prompt, response):
+    """The recorded rule, written down once more: [BOS] + enc(prompt) | enc(prompt + response)[...] + [EOS]."""
+    alone = tokenizer.encode(prompt, add_special_tokens=False)
+    both = tokenizer.encode(prompt + response, add_special_tokens=False)
+    end = len(alone)
+    if both[:end] != alone:
+        end -= 1
+    return [tokenizer.bos_token_id, *both[:end]], [*both[end:], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_official_tokens_agree_with_the_recorded_ones(own, shared_data, kit):
+    """With the tokenizer's own template and with the default one."""
+    recorded = json.loads((shared_data.parent / "vectors" / "bfpo_vectors.json").read_text())["tokenisation"]
+    for tokenizer in (kit.byte_level(), kit.sentencepiece_like()):
+        if own:
+            tokenizer.chat_template = kit.ZEPHYR
+        encoder = RowEncoder(tokenizer, OfficialTemplate(), LONG)
+        turns = encoder.template.conversation(Row.single("PROMPT", "RESP").prompt)
+        assert encoder.tokens.render([turns], generation=False) == [recorded["prompt"]]
+        assert encoder.tokens.render([turns], generation=True) == [recorded["prompt_with_generation_prompt"]]
+        tree = encoder(Row.pair("PROMPT", "RESP", "OTHER"))
+        for response, ids in zip(("RESP", "OTHER"), tree.response_ids, strict=True):
+            text = recorded["response"].replace("RESP", response)
+            assert (tree.prompt_ids, ids) == official(tokenizer, recorded["prompt"], text)
+        assert tree.prompt_ids == encoder.prompt_ids(Row.single("PROMPT", "RESP").prompt)
+    tokenizer = kit.byte_level()
+    standard = RowEncoder(tokenizer, ChatTemplate(kit.ZEPHYR, system=""), LONG)(Row.single("PROMPT", "RESP"))
+    assert tokenizer.decode(standard.prompt_ids) == "<s>" + recorded["prompt_with_generation_prompt"]
+    assert tokenizer.decode([*standard.prompt_ids, *standard.response_ids[0]]) + "\n" == (
+        "<s>" + recorded["prompt"] + recorded["response"]
+    ), "the standard policy differs by the header's side and by one end alone"
+
+
+def test_official_tokens_where_the_template_begins_with_that_token(kit):
+    """The official code prepends it whatever the prompt begins with."""
+    tokenizer, template = kit.byte_level(), "{{ bos_token }}" + kit.ZEPHYR
+    encoder = RowEncoder(tokenizer, OfficialTemplate(template, system=None), LONG)
+    tree = encoder(Row.single("Hi", "x"))
+    want = official(tokenizer, "<s><|user|>\nHi</s>\n", "<|assistant|>\nx</s>\n")
+    assert (tree.prompt_ids, tree.response_ids[0]) == want
+    assert tokenizer.decode(tree.prompt_ids) == "<s><s><|user|>\nHi</s>\n"
+    assert encoder.prompt_ids(Row.single("Hi", "x").prompt) == tree.prompt_ids
+
+
+def test_official_sequences_by_hand(kit):
+    tokenizer = kit.byte_level()
+    own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Hi"}]
+    encoder = RowEncoder(tokenizer, OfficialTemplate(), LONG)
+    tree = encoder(Row.pair(own, "one</s>two", "x"))
+    assert tokenizer.decode(tree.prompt_ids) == "<s><|system|>\nOwn.</s>\n<|user|>\nHi</s>\n"
+    texts = [tokenizer.decode(ids) for ids in tree.response_ids]
+    assert texts == ["<|assistant|>\none</s>two</s>\n</s>", "<|assistant|>\nx</s>\n</s>"]
+    assert +encoder.counts == {"stop_token_in_text": 1}
+
+
+def test_official_split_where_a_token_lies_across_the_boundary(kit):
+    """The letters ab are one token: the prompt "...a" ends one token earlier before "b", and not before "c"."""
+    tokenizer = kit.byte_level(texts=["ab ab ab"] * 9, vocabulary=300)
+    assert len(tokenizer.encode("ab", add_special_tokens=False)) == 1
+    bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    encoder = RowEncoder(tokenizer, OfficialTemplate(bare, system=None), LONG)
+    tree = encoder(Row.pair("xa", "bc", "b!"))
+    assert tokenizer.decode(tree.prompt_ids) == "<s>x"
+    assert [tokenizer.decode(ids) for ids in tree.response_ids] == ["abc</s>", "ab!</s>"]
+    for text, ids in (("bc", tree.response_ids[0]), ("b!", tree.response_ids[1])):
+        assert (tree.prompt_ids, ids) == official(tokenizer, "xa", text)
+    assert encoder(Row.pair("xa", "c", "d")).prompt_ids == official(tokenizer, "xa", "c")[0]
+    error = encoder.many([Row.pair("xa", "c", "b", origin="f:1")])[0]
+    assert isinstance(error, RowError)
+    assert (error.origin, error.field, error.value) == ("f:1", "rejected", "'b'")
+    assert error.reason == "one response merges with the prompt's last token and another does not"
+    standard = RowEncoder(tokenizer, ChatTemplate(bare), LONG)(Row.pair("xa", "c", "b"))
+    assert tokenizer.decode(standard.prompt_ids) == "<s>xa"
+    assert [tokenizer.decode(ids) for ids in standard.response_ids] == ["c</s>", "b</s>"]

@@ -36,6 +36,7 @@ BASE = [
     "--model.schedule.warmup=0",
 ]
 LORA = ["--model.trainable=LoRA", "--model.trainable.r=4", "--model.reference=AdapterOff"]
+SELECT = ["--model.trainable=Select", "--model.trainable.patterns=[down_proj]"]
 SGD = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.05"]
 ADAMW = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3"]
 EVALUATION = [
@@ -238,6 +239,12 @@ def chained(
             at(elastic.folder),
         ],
     }
+    for name, more in {
+        "copied-select": SELECT,
+        "shared-select": [*SELECT, "--model.reference=SharedWeights"],
+        "shared-everything": ["--model.reference=SharedWeights"],
+    }.items():
+        jobs[name] = ["fit", *command("adamw", "fsdp2", folder / name), *more]
     for strategy in STRATEGIES:
         validated = f"{strategy}-validated"
         jobs[validated] = ["validate", *command("sgd", strategy, folder / validated), at(single["sgd"].folder, 10)]

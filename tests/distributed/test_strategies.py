@@ -1,6 +1,7 @@
 """fit, save, resume, validate and export on two gloo processes, by the real command, against one process."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from bfpo_pl.models.sources import TinyModel
 pytestmark = pytest.mark.distributed
 
 STRATEGIES = ("ddp", "fsdp2")
+MACHINE = re.compile("_second|memory|data_wait")
+"""Metrics that are of the machine, not of the training."""
 TINY = {"hidden_size": 32, "layers": 2, "intermediate_size": 64, "seed": 0}
 
 
@@ -52,7 +55,7 @@ def test_training_metrics_agree_and_gradients_are_clipped(method, strategy, sing
     for step in ours:
         assert ours[step].keys() == theirs[step].keys()
         for name, value in theirs[step].items():
-            if "_second" not in name and "memory" not in name:
+            if not MACHINE.search(name):
                 assert ours[step][name] == pytest.approx(value, rel=1e-3, abs=1e-3), (step, name)
         clipped += ours[step]["train/grad_norm"] > 0.5
     assert clipped >= 6
@@ -101,7 +104,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(resumed, started, elast
     assert list(ours) == [6, 7, 8, 9, 10]
     for step, values in ours.items():
         for name, value in values.items():
-            if "_second" not in name and "memory" not in name:
+            if not MACHINE.search(name):
                 assert value == theirs[step][name], (step, name)
     assert run.folder != whole.folder
 
@@ -185,3 +188,11 @@ def test_ranks_may_answer_unequal_numbers_of_prompts_in_one_batch(strategy, sing
     assert (len(answers[0]), len(answers[1])) == (2, 1)
     expected = json.loads((single["sgd"].folder / "answers-0.json").read_text())
     assert answers[0] + answers[1] == expected
+
+
+def test_a_reference_that_shares_sharded_weights_is_a_frozen_copy(chained, elastic):
+    for ours, theirs in (("shared-select", chained["copied-select"]), ("shared-everything", elastic)):
+        assert difference(chained[ours].weights, theirs.weights) == 0.0
+        norms = [[row["train/grad_norm"] for row in run.metrics("train/").values()] for run in (chained[ours], theirs)]
+        assert norms[0] == norms[1]
+        assert len(set(norms[0])) >= 8

@@ -7,7 +7,12 @@ import httpx
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -15,6 +20,7 @@ from transformers import (
     AutoConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -28,8 +34,9 @@ from transformers import (
 
 from bfpo_pl.component import UserError
 from bfpo_pl.data.collate import collate
-from bfpo_pl.data.templates import PairTree
-from bfpo_pl.models.log_probs import Padded, response_log_probs
+from bfpo_pl.data.trees import PairTree
+from bfpo_pl.models.attention import Padded
+from bfpo_pl.models.log_probs import response_log_probs
 from bfpo_pl.models.sources import HFModel, ModelSourceError, TinyModel
 
 SIZES = {
@@ -158,6 +165,59 @@ def test_dropout_of_the_text_part_of_a_multimodal_model_is_disabled(tmp_path):
     tokens = torch.arange(1, 12)[None]
     states = [model.base_model(input_ids=tokens).last_hidden_state for _ in range(2)]
     assert torch.equal(*states)
+
+
+# ---- stop tokens ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "ids"), [(7, [7]), ([2, 7, 9], [2, 7, 9]), (None, [])])
+def test_stop_tokens_of_a_generation_config(tmp_path, given, ids):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given, "temperature": 0.6}))
+    assert HFModel(str(tmp_path)).stop_token_ids() == ids  # no weights are asked for
+
+
+def test_no_generation_config_names_no_stop_tokens(tmp_path):
+    assert HFModel(str(tmp_path)).stop_token_ids() == []
+    assert tiny().stop_token_ids() == []
+
+
+def test_a_generation_config_that_is_not_json(tmp_path):
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ModelSourceError, match="could not be loaded"):
+        HFModel(str(tmp_path)).stop_token_ids()
+
+
+def test_stop_tokens_of_a_cached_repository_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--somebody--model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    source = HFModel("somebody/model")
+    assert source.stop_token_ids() == []
+    (snapshot / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert source.stop_token_ids() == [3, 4]
+
+
+@pytest.mark.parametrize("kind", [RemoteEntryNotFoundError, LocalEntryNotFoundError])
+def test_only_a_file_that_is_known_to_be_absent_names_no_stop_tokens(monkeypatch, kind):
+    """Online, an answer that the file is not there counts; an answer that never came does not."""
+
+    def refuse(*args, **kwargs):
+        missing = hub_error(kind, 404) if kind is RemoteEntryNotFoundError else kind("No connection.")
+        raise OSError("You cannot have it.") from missing
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(GenerationConfig, "from_pretrained", refuse)
+    source = HFModel("somebody/model")
+    if kind is RemoteEntryNotFoundError:
+        assert source.stop_token_ids() == []
+    else:
+        with pytest.raises(ModelSourceError, match="could not be loaded"):
+            source.stop_token_ids()
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,153 @@
+"""Preparation: the rows of streams read, chosen, judged and tokenised, with everything counted that is not used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from bfpo_pl.data.checked import check_rows
+from bfpo_pl.data.contamination import ContaminationGuard
+from bfpo_pl.data.encoding import RowEncoder
+from bfpo_pl.data.packing import Packing, Trees
+from bfpo_pl.data.reading import DataError, Reading, bad_row_report
+from bfpo_pl.data.selection import check_hold_out, select
+from bfpo_pl.data.stored import StoredTrees
+from bfpo_pl.data.streams import Stream
+from bfpo_pl.data.token_store import TokenStore, tokenise
+
+CUTS = ("prompts_cut", "responses_cut", "stop_token_in_text")
+"""What the encoder counts."""
+
+
+class Preparation:
+    """Prepares the rows of streams; what is on disk already is not computed again.
+
+    Args:
+        streams: The streams by name.
+        cache: Folder of prepared data.
+        on_bad_row: ``fail`` or ``drop``.
+        processes: Processes that tokenise.
+        guard: Drops training prompts that an evaluation has.
+        packing: How supervised rows are joined.
+    """
+
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        cache: Path,
+        on_bad_row: Literal["fail", "drop"],
+        processes: int,
+        guard: ContaminationGuard | None,
+        packing: Packing | None,
+    ) -> None:
+        self.streams, self.cache, self.on_bad_row, self.processes = streams, cache, on_bad_row, processes
+        self.guard, self.packing = guard, packing
+
+    def read(self, wanted: Iterable[tuple[str, str]]) -> list[Reading]:
+        """Reads and chooses rows; all of them are checked before the first is tokenised.
+
+        Args:
+            wanted: Names of streams, each with a split.
+
+        Raises:
+            DataError: Rows cannot be used, or a stream has none.
+        """
+        readings = [self._read(name, split) for name, split in wanted]
+        self._judge(readings, "Rows are judged again as tokens, once these are mended; `bfpo data inspect` shows both.")
+        return readings
+
+    def _read(self, name: str, split: str) -> Reading:
+        stream = self.streams[name]
+        check_hold_out(name, stream)
+        own = "train" if stream.validation_fraction else split
+        label = f"{name}, {own}"
+        rows = check_rows(self.cache / "rows", label, stream.source, own, stream.adapter, stream.assume_safe)
+        return select(name, split, stream, rows, self.guard)
+
+    def _judge(self, readings: Sequence[Reading], note: str = "") -> None:
+        """Fails on bad rows, unless they are to be dropped, and on a stream without rows."""
+        if self.on_bad_row == "fail" and (report := bad_row_report(readings)):
+            raise DataError("\n  ".join([report, note] if note else [report]))
+        for reading in readings:
+            if not len(reading.kept):
+                source = self.streams[reading.stream].source.describe()
+                left_out = "".join(f" Left out: {count:,} {reason}." for reason, count in reading.left_out.items())
+                raise DataError(
+                    f"Stream '{reading.stream}' has no row to use in its {reading.split} split: {source}.{left_out}"
+                )
+
+    def encode(self, encoder: RowEncoder, readings: Sequence[Reading]) -> list[tuple[Trees, dict[str, Any]]]:
+        """Tokenises rows; gives the trees of each split with its counts as plain data.
+
+        Args:
+            encoder: What turns rows into token ids.
+            readings: The rows.
+
+        Raises:
+            DataError: Rows cannot be used, or the tokenizer does not know the text.
+        """
+        if mark := encoder.unstopped_turn_end():
+            rank_zero_warn(
+                f"The chat template ends turns with {mark}, which is not among the tokens that end a response: a "
+                f"response goes on after it. Set data.template.stop_tokens: ['{mark}']."
+            )
+        stores = [self._tokens(encoder, reading) for reading in readings]
+        trees = [StoredTrees(reading, store) for reading, store in zip(readings, stores, strict=True)]
+        self._judge(readings)
+        prepared: list[tuple[Trees, dict[str, Any]]] = []
+        for reading, store, stored in zip(readings, stores, trees, strict=True):
+            counts = {name: store.counts[name] for name in (*CUTS, "tokens", "unknown_tokens")}
+            summary = {**reading.summary(), **counts}
+            _tell(reading, summary, store, encoder)
+            if self.packing is None:
+                prepared.append((stored, summary))
+                continue
+            blocks = self.packing(stored, reading.stream)
+            summary["blocks"], summary["tokens_after_the_last_block"] = len(blocks), blocks.dropped_tokens
+            prepared.append((blocks, summary))
+        return prepared
+
+    def _tokens(self, encoder: RowEncoder, reading: Reading) -> TokenStore:
+        label = f"{reading.stream}, {reading.split}"
+        store = tokenise(self.cache / "tokens", label, reading.rows, reading.kept, encoder, self.processes)
+        unknown, total = store.counts["unknown_tokens"], store.counts["tokens"]
+        if unknown > total / 10:
+            raise DataError(
+                f"{label}: {unknown / total:.0%} of the tokens are {encoder.tokenizer.unk_token}, which is to say that "
+                f"this tokenizer does not know the text. Is model.policy the model you meant? TinyModel, the default "
+                f"of configs/base.yaml, speaks the microworld's language only."
+            )
+        return store
+
+
+def _tell(reading: Reading, summary: Mapping[str, Any], store: TokenStore, encoder: RowEncoder) -> None:
+    """Prints what a user should know of before training: what is cut, dropped, left out or looks wrong."""
+    label = f"{reading.stream}, {reading.split}"
+    if summary["prompts_cut"] or summary["responses_cut"]:
+        rank_zero_info(
+            f"{label}: cut {summary['responses_cut']:,} of {store.counts['responses']:,} responses and "
+            f"{summary['prompts_cut']:,} of {len(store):,} prompts to fit max_length {encoder.truncation.max_length}"
+        )
+    if unknown := summary["unknown_tokens"]:
+        rank_zero_info(f"{label}: {unknown:,} of {summary['tokens']:,} tokens are {encoder.tokenizer.unk_token}.")
+    if reading.faults:
+        counts = ", ".join(f"{count} × {reason}" for reason, count in summary["dropped"].items())
+        rank_zero_info(f"{label}: dropped {len(reading.faults)} rows: {counts}")
+    for reason, count in reading.left_out.items():
+        rank_zero_info(f"{label}: left out {count:,} rows: {reason}")
+    duplicates = reading.notes.get("duplicates")
+    if duplicates and reading.split == "train" and "duplicates of another row" not in reading.left_out:
+        rank_zero_info(
+            f"{label}: rows that repeat another one: {duplicates:,} (data.streams.{reading.stream}.duplicates: drop "
+            "leaves them out)"
+        )
+    if both := reading.notes.get("pairs_in_both_orders"):
+        rank_zero_info(f"{label}: {both:,} pairs come in both orders")
+    if contradictory := reading.notes.get("contradictory_flags"):
+        where = "; ".join(reading.notes["contradictory_flags_at"])
+        rank_zero_info(
+            f"{label}: {contradictory:,} responses are flagged safe in one row and unsafe in another: {where}"
+        )
