@@ -34,6 +34,14 @@ def sft(args: list[str], plugins: list[Plugin]) -> object:
     return BFPOCLI(SFTModule, AlignmentData, ["fit", *args], plugins, "sft")
 
 
+def reference(args: list[str], plugins: list[Plugin]) -> object:
+    """Computes the log-probs of a fit's reference models beforehand, once for all runs on these rows."""
+    from bfpo_pl.data.datamodule import AlignmentData
+    from bfpo_pl.reference_command import ReferenceCLI, ReferenceModule
+
+    return ReferenceCLI(ReferenceModule, AlignmentData, ["fit", *args], plugins, "reference")
+
+
 def data(args: list[str], plugins: list[Plugin]) -> object:
     """Inspects the data of a config, or shows a batch token by token: `bfpo data inspect`, `bfpo data show`."""
     from bfpo_pl.inspection.command import run_data
@@ -74,6 +82,7 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "fit": fit,
     "validate": validate,
     "sft": sft,
+    "reference": reference,
     "data": data,
     "components": components,
     "demo": demo,
@@ -161,6 +170,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", "The dirpath has changed from")
     warnings.filterwarnings("ignore", ".*Previous log files in this directory will be deleted.*")
     warnings.filterwarnings("ignore", ".*Total length of `(list|DataLoader|CombinedLoader)` across ranks is zero.*")
+    warnings.filterwarnings("ignore", ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*")
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")  # the first step is always logged

@@ -9,6 +9,7 @@ import typing
 from rich.console import Console
 from rich.table import Table
 
+import bfpo_pl.models.precomputed  # noqa: F401  # defines a reference
 from bfpo_pl.component import UserError
 from bfpo_pl.data.adapters import Adapter
 from bfpo_pl.data.batching import Batching

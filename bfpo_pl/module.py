@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from bfpo_pl.labeling import LabelingFunction
 from bfpo_pl.losses import AuxiliaryLoss, PreferenceLoss
 from bfpo_pl.metrics import PreferenceMetrics
 from bfpo_pl.models.attention import AttentionBackend
-from bfpo_pl.models.reference import FrozenCopy, Reference
+from bfpo_pl.models.reference import FrozenCopy, Reference, RunContext
 from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import TrainablePart
 from bfpo_pl.reductions import Mean, PairReduction
@@ -162,6 +163,42 @@ class PreferenceModule(ResponseModule):
         for reference in self.references.values():
             reference.to(self.device, self.policy.dtype)  # type: ignore[union-attr]
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._fill_references()
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._fill_references()
+
+    def _fill_references(self) -> None:
+        """Lets references compute what is computed before the first batch."""
+        for name, reference in self.references.items():
+            reference.fill(name, self._run_context)
+
+    def _run_context(self) -> RunContext:
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        policy = self.policy
+        if not hasattr(datamodule, "rows"):
+            raise UserError("A reference that is computed before training needs the rows of an AlignmentData.")
+        assert policy is not None
+        return RunContext(
+            rows=datamodule.rows,
+            cache=datamodule.cache_folder,
+            policy=policy,
+            policy_is_start=self.trainer.ckpt_path is None and self.trainer.global_step == 0,
+            source=self.source,
+            place=self.place,
+            strategy=self.trainer.strategy,
+            reduction=self.logp_reduction,
+        )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        for reference in self.references.values():
+            batch = reference.annotate(batch)
+        return batch
+
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     def objective(self, batch: PairBatch) -> Objective:
@@ -204,9 +241,10 @@ class PreferenceModule(ResponseModule):
 
     @torch.no_grad()
     def _check_start(self, batch: PairBatch) -> None:
-        """Where the reference is the policy's own start, the margin must be exactly 0 before the first update.
+        """Where the reference is the policy's own start, the margin must be 0 before the first update.
 
-        Dropout, if there is any, is off meanwhile.
+        Exactly 0 for a live reference; within its tolerance, on average, for one that was computed beforehand. Dropout,
+        if there is any, is off meanwhile.
 
         Raises:
             StartMarginError: It is not.
@@ -219,12 +257,26 @@ class PreferenceModule(ResponseModule):
         self.policy.eval()
         ratio = self.log_probs_of(batch) - reference.log_probs(self.policy, batch)
         self.policy.train(training)
+        if reference.start_tolerance:
+            self._check_mean_margin(ratio, batch, reference.start_tolerance)
+            return
         largest = ratio.abs().max().item() if len(ratio) else 0.0
         if largest != 0.0:
             raise StartMarginError(
                 "Before the first update policy and reference are the same model, so every log-ratio must be 0, but "
                 f"one is {largest:.3g}. Usual causes: an adapter that does not start at zero, or a policy whose "
                 "weights were changed after it was loaded."
+            )
+
+    def _check_mean_margin(self, ratio: Tensor, batch: PairBatch, tolerance: float) -> None:
+        margins = ratio[batch.pairs[:, 0]] - ratio[batch.pairs[:, 1]] if len(batch.pairs) else ratio
+        mean = margins.abs().mean().item() if len(margins) else 0.0
+        rank_zero_info(f"Before the first update the mean |margin| is {mean:.2g} nats ({tolerance:g} are allowed).")
+        if not mean <= tolerance:
+            raise StartMarginError(
+                "Before the first update policy and reference are the same model, so margins must be near 0, but their "
+                f"mean size is {mean:.3g} nats and start_tolerance is {tolerance:g}. Usual causes: an adapter that "
+                "does not start at zero, or a policy whose weights were changed after it was loaded."
             )
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:

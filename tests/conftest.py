@@ -61,7 +61,7 @@ def bfpo(tmp_path, in_repository):
     from bfpo_pl.cli import main
 
     def call(*args: str):
-        runs = [f"--runs={tmp_path / 'runs'}"] if args[0] in ("fit", "validate", "sft") else []
+        runs = [f"--runs={tmp_path / 'runs'}"] if args[0] in ("fit", "validate", "sft", "reference") else []
         return main([*args, *runs])
 
     return call

@@ -44,7 +44,7 @@ def write_shard(path: Path, batch: pa.RecordBatch) -> None:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
 
-    _atomically(path, write)
+    write_whole(path, write)
 
 
 def read_shard(path: Path) -> pa.RecordBatch:
@@ -76,7 +76,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """
     files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.arrow"))}
     text = json.dumps({**manifest, "files": files})
-    _atomically(folder / _MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(folder / _MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -146,10 +146,20 @@ def _writable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file so that whoever sees its name sees the whole of it; makes its folder.
+
+    Args:
+        path: The file.
+        write: Writes it, under another name.
+
+    Raises:
+        RunError: The folder cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with _writable(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -124,6 +124,29 @@ class AlignmentData(LightningDataModule):
         return {**self._report, **live}
 
     @property
+    def cache_folder(self) -> Path:
+        """Folder of prepared data."""
+        return default_cache() if self.cache is None else Path(self.cache).expanduser()
+
+    @property
+    def rows(self) -> dict[tuple[str, str], Trees]:
+        """The pair trees of each stream and split that `setup` has read.
+
+        Raises:
+            DataError: A stream reads its rows as training goes on, so that nobody has them all.
+        """
+        found: dict[tuple[str, str], Trees] = {}
+        for split, by_stream in self._trees.items():
+            for name, trees in by_stream.items():
+                if isinstance(trees, StreamingRows):
+                    raise DataError(
+                        f"All rows of stream '{name}' are needed before training, and it reads them as it goes. Set "
+                        f"data.streams.{name}.source.streaming: false."
+                    )
+                found[name, split] = trees
+        return found
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer: the one set here, or else the LightningModule's."""
         tokenizer = self._tokenizer or getattr(self._module, "tokenizer", None)
@@ -185,9 +208,13 @@ class AlignmentData(LightningDataModule):
             own = [self._source_split(name, split) for each, split in wanted if each == name]
             self.streams[name].source.prepare(list(dict.fromkeys(own)))
         encoder = self.encoder()
-        cache = default_cache() if self.cache is None else Path(self.cache).expanduser()
         preparation = Preparation(
-            self.streams, cache, self.on_bad_row, self.tokenizing_processes, self.contamination, self.packing
+            self.streams,
+            self.cache_folder,
+            self.on_bad_row,
+            self.tokenizing_processes,
+            self.contamination,
+            self.packing,
         )
         streaming = [name for name, split in wanted if self._streams_rows(name, split)]
         opened = {name: self._opened(name, encoder) for name in streaming}

@@ -15,14 +15,15 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 @contextmanager
-def telling(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def telling(label: str, total: int | None, worth: int = _ROWS_WORTH_TELLING) -> Iterator[Callable[[int], None]]:
     """Tells on rank zero how far some work is, if its rows are many; gives a function that counts rows done.
 
     Args:
         label: What is done, for instance ``tokenising safety, train``.
         total: Rows to do; None if that is not known.
+        worth: Of so few rows nothing is told.
     """
-    few = total is not None and total <= _ROWS_WORTH_TELLING
+    few = total is not None and total <= worth
     if few or getattr(rank_zero_only, "rank", 0) != 0:
         yield lambda count: None
         return

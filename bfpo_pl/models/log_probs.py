@@ -63,13 +63,14 @@ def bind_log_probs(
 ) -> None:
     """Gives a network the methods ``METHODS``, in place: a sharded root gathers its parameters only in its own methods.
 
-    ``response_log_probs(batch)`` is :func:`response_log_probs` with these settings; ``head_discrepancy(tokens)`` and
-    ``attention_discrepancy(tokens)`` are the functions of those names. The attention backend prepares the network.
+    ``response_log_probs(batch)`` is :func:`response_log_probs` with these settings, ``response_log_probs(batch,
+    reduction)`` with another reduction; ``head_discrepancy(tokens)`` and ``attention_discrepancy(tokens)`` are the
+    functions of those names. The attention backend prepares the network.
     """
     check_range(model, "chunk_size", chunk_size, 1)
     attention = attention.prepare(model)
 
-    def log_probs(self: PreTrainedModel, batch: PairBatch) -> Tensor:
+    def log_probs(self: PreTrainedModel, batch: PairBatch, reduction: Literal["sum", "mean"] = reduction) -> Tensor:
         return response_log_probs(self, batch, attention, reduction, chunk_size)
 
     def discrepancy(self: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -6,9 +6,15 @@ A reference lives outside the module tree: it never shows in ``state_dict``, opt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
+from lightning.pytorch.strategies import Strategy
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -17,8 +23,56 @@ from transformers import PreTrainedModel
 
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.component import Component, UserError
+from bfpo_pl.data.packing import Trees
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.sources import ModelSource
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a run gives to a reference that computes beforehand.
+
+    Args:
+        rows: The pair trees of each stream and split, all in memory-mapped files.
+        cache: Folder of prepared data.
+        policy: The policy, where it trains.
+        policy_is_start: Whether its weights are those of its source.
+        source: Where the policy came from.
+        place: Binds the log-prob methods to a network and shards it as the policy is.
+        strategy: Lightning's, for devices, precision and the other processes.
+        reduction: Over the tokens of a response.
+    """
+
+    rows: Mapping[tuple[str, str], Trees]
+    cache: Path
+    policy: PreTrainedModel
+    policy_is_start: bool
+    source: ModelSource
+    place: Callable[[PreTrainedModel], None]
+    strategy: Strategy
+    reduction: Literal["sum", "mean"]
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return int(getattr(self.strategy, "global_rank", 0))
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return int(getattr(self.strategy, "world_size", 1))
+
+    @property
+    def precision(self) -> str:
+        """Lightning's name of the types that are computed in, such as ``bf16-mixed``."""
+        return str(getattr(self.strategy.precision_plugin, "precision", "32-true"))
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """The sum of an array over processes."""
+        if self.world == 1:
+            return values
+        tensor = torch.from_numpy(values).to(self.strategy.root_device)
+        return self.strategy.reduce(tensor, reduce_op="sum").cpu().numpy()
 
 
 class Reference(Component, ABC):
@@ -29,6 +83,9 @@ class Reference(Component, ABC):
 
     columns: tuple[str, ...] = ()
     """Annotation columns that the reference reads."""
+
+    start_tolerance: float = 0.0
+    """Largest mean |margin| in nats before the first update, where the policy's own start is the reference."""
 
     def check(self) -> None:
         """Fails early, before any weight loads, if the reference cannot be had."""
@@ -43,12 +100,44 @@ class Reference(Component, ABC):
             place: Binds the log-prob method to a network and shards it as the policy is.
         """
 
+    def fill(self, name: str, context: Callable[[], RunContext]) -> None:
+        """Computes what is computed before training; called when the policy is in its place.
+
+        Args:
+            name: The reference's name.
+            context: Gives what there is to compute with.
+        """
+
+    def annotate(self, batch: PairBatch) -> PairBatch:
+        """Gives a batch, still on the CPU, what the reference knows of its rows."""
+        return batch
+
     @abstractmethod
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
         """``[R]``, log-prob of every response, without a gradient."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the reference's network, if it has one, to the policy's device and type of parameters."""
+
+
+def has_adapter(policy: PreTrainedModel) -> bool:
+    """Whether a network has an adapter of peft."""
+    return any(isinstance(module, BaseTunerLayer) for module in policy.modules())
+
+
+@contextmanager
+def frozen(policy: PreTrainedModel) -> Iterator[None]:
+    """The policy as a reference: in eval mode, its adapter, if it has one, switched off."""
+    training, adapter = policy.training, has_adapter(policy)
+    if adapter:
+        policy.disable_adapters()
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(training)
+        if adapter:
+            policy.enable_adapters()
 
 
 class FrozenCopy(Reference):
@@ -61,6 +150,11 @@ class FrozenCopy(Reference):
     def __init__(self, source: ModelSource | None = None) -> None:
         self.source = source
         self._network: PreTrainedModel | None = None
+
+    @property
+    def network(self) -> PreTrainedModel | None:
+        """The network, once it is prepared."""
+        return self._network
 
     @property
     def starts_as_policy(self) -> bool:  # type: ignore[override]
@@ -94,19 +188,13 @@ class AdapterOff(Reference):
     starts_as_policy = True
 
     def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
-        if not any(isinstance(module, BaseTunerLayer) for module in policy.modules()):
+        if not has_adapter(policy):
             raise UserError("AdapterOff: the policy has no adapter. Set model.trainable to LoRA, or use FrozenCopy.")
 
     @torch.no_grad()
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
-        policy.disable_adapters()
-        training = policy.training
-        policy.eval()
-        try:
+        with frozen(policy):
             return policy.response_log_probs(batch)  # type: ignore[operator]
-        finally:
-            policy.train(training)
-            policy.enable_adapters()
 
 
 class SharedWeights(Reference):
@@ -123,21 +211,19 @@ class SharedWeights(Reference):
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
 
     def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
-        if any(isinstance(module, BaseTunerLayer) for module in policy.modules()):
+        if has_adapter(policy):
             raise UserError("SharedWeights: the policy has an adapter. Set model.reference to AdapterOff.")
         # Now, before a checkpoint is restored: the reference is the start, not the place to go on from.
         self._pairs = [(p, _local(p).detach().clone()) for p in policy.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
-        training = policy.training
-        policy.eval()
         self._exchange(policy)
         try:
-            return policy.response_log_probs(batch)  # type: ignore[operator]
+            with frozen(policy):
+                return policy.response_log_probs(batch)  # type: ignore[operator]
         finally:
             self._exchange(policy)
-            policy.train(training)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         self._pairs = [(p, start.to(_local(p))) for p, start in self._pairs]

@@ -28,9 +28,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from bfpo_pl.component import Component, UserError, check_range
+from bfpo_pl.models.weights import files_digest, network_digest
 
 
 class ModelSourceError(UserError):
@@ -62,6 +70,17 @@ class ModelSource(Component, ABC):
     @abstractmethod
     def load_model(self) -> PreTrainedModel:
         """A new copy of the model with its weights, on the CPU. Every call gives the same weights."""
+
+    def weights_digest(self, memory: Path) -> str:
+        """A text that changes whenever the network that `load_model` gives does. By default it loads the network.
+
+        Args:
+            memory: Folder in which digests of files are remembered.
+
+        Raises:
+            ModelSourceError: The model cannot be had.
+        """
+        return network_digest(self.load_model())
 
 
 class HFModel(ModelSource):
@@ -138,6 +157,17 @@ class HFModel(ModelSource):
         if self.disable_dropout:
             _zero_dropout_modules(model)
         return model
+
+    def weights_digest(self, memory: Path) -> str:
+        path = _expanded(self.path)
+        optional = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
+        with _explained(self.path):
+            config = cached_file(path, CONFIG_NAME, revision=self.revision)
+            files = [cached_file(path, SAFE_WEIGHTS_NAME, **optional)]  # as from_pretrained: this one before several
+            if files == [None]:
+                index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision)
+                files, _ = get_checkpoint_shard_files(path, index, revision=self.revision)
+        return f"{self.dtype} {files_digest([Path(str(path)) for path in (config, *files)], memory)}"
 
     def _load_config(self) -> Any:
         path = Path(_expanded(self.path))

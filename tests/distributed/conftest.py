@@ -246,6 +246,13 @@ def chained(
     }.items():
         jobs[name] = ["fit", *command("adamw", "fsdp2", folder / name), *more]
     for strategy in STRATEGIES:
+        kept = f"{strategy}-precomputed"
+        more = [
+            "--model.reference=Precomputed",
+            "--model.reference.batch_tokens=300",
+            f"--data.cache={folder / kept}.cache",
+        ]
+        jobs[kept] = ["fit", *command("adamw", strategy, folder / kept), *more]
         validated = f"{strategy}-validated"
         jobs[validated] = ["validate", *command("sgd", strategy, folder / validated), at(single["sgd"].folder, 10)]
         jobs[f"{strategy}-sft"] = sft(strategy, folder / f"{strategy}-sft")

@@ -75,7 +75,7 @@ def test_validation_metrics_agree_with_one_process(strategy, single, chained):
     found = metrics_difference(ours, single["sgd"].metrics("val/")[10])
     print(f"{strategy}: validation metrics of the same checkpoint differ by {found:.2e}")
     assert len(ours) > 20
-    assert found <= 1e-6
+    assert found <= 1e-5  # log-probs of some -60 nats have steps of 4e-6 in float32
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -107,6 +107,14 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(resumed, started, elast
             if not MACHINE.search(name):
                 assert value == theirs[step][name], (step, name)
     assert run.folder != whole.folder
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_log_probs_computed_beforehand_by_two_processes_train_as_a_frozen_copy_does(strategy, single, chained):
+    run = chained[f"{strategy}-precomputed"]
+    assert difference(run.weights, single["adamw"].weights) <= 1e-5
+    assert moved(run.weights) > 1e-3
+    assert "of 0 responses found and of 48 computed" in run.log
 
 
 def test_validate_repeats_the_metrics_of_a_sharded_checkpoint(started, validated_by_command):

@@ -1,0 +1,303 @@
+"""A reference whose log-probs are computed once, before training, and kept for all runs on the same rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bfpo_pl.batch import PairBatch
+from bfpo_pl.component import RunError, UserError, check_range
+from bfpo_pl.data.collate import collate
+from bfpo_pl.data.packing import Trees
+from bfpo_pl.data.progress import telling
+from bfpo_pl.data.trees import PairTree
+from bfpo_pl.models.log_prob_store import LogProbStore, batch_keys, tree_keys
+from bfpo_pl.models.reference import FrozenCopy, Reference, RunContext, frozen, has_adapter
+from bfpo_pl.models.sources import ModelSource
+
+LOGP_VERSION = 1
+"""To be raised whenever log-probs are computed otherwise, so that what was kept before is not read again."""
+
+_AT_ONCE = 1024  # rows that are looked at together
+_PART_BATCHES = 32  # batches of each process between two parts on disk: what an interruption costs
+_ROWS_WORTH_TELLING = 200
+_SECONDS_TO_WAIT = 20.0  # for another run, before all processes hear that it still computes
+_ROUNDING, _HALF_ROUNDING = 1e-4, 0.02  # relative differences of log-probs from batch to batch
+
+
+class Precomputed(Reference):
+    """Log-probs of a frozen network, computed once and kept beside the tokenised data: no second network in training.
+
+    They are kept by the tokens of prompt and response, the network's weights and the type that it computes in, and by
+    nothing else: runs with other learning rates, losses, labelings or seeds find them. `bfpo reference` computes
+    them beforehand; a fit computes what is missing. Where the policy has not been trained yet it computes them itself,
+    else the reference's network is loaded for that time.
+
+    Args:
+        source: Where the network comes from. Default: the policy's own source.
+        batch_tokens: Tokens that the network sees at once while it computes them.
+        verify: Rows, drawn at random from those that were kept, that are computed again at the start and compared.
+        start_tolerance: Largest mean |margin| in nats before the first update, where the reference is the policy's
+            start: log-probs differ by rounding with the batch in which they are computed.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource | None = None,
+        batch_tokens: int = 16_384,
+        verify: int = 8,
+        start_tolerance: float = 0.5,
+    ) -> None:
+        self.source = source
+        self.batch_tokens = int(check_range(self, "batch_tokens", batch_tokens, 1))
+        self.verify = int(check_range(self, "verify", verify, 0))
+        self.start_tolerance = check_range(self, "start_tolerance", start_tolerance, 0.0)
+        self.computed = 0
+        """Responses whose log-probs this process's run computed, rather than found."""
+        self._store: LogProbStore | None = None
+        self._column = ""
+        self._mean = False
+        self._dtype = torch.float32
+
+    def __repr__(self) -> str:
+        return f"Precomputed(source={self.source!r}, batch_tokens={self.batch_tokens}, verify={self.verify})"
+
+    @property
+    def starts_as_policy(self) -> bool:  # type: ignore[override]
+        return self.source is None
+
+    def check(self) -> None:
+        if self.source is not None:
+            self.source.check()
+
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+        return None
+
+    def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
+        if self._column not in batch.annotations.response:
+            raise RunError("A batch did not pass through Precomputed.annotate, which gives it the log-probs.")
+        return batch.annotations.response[self._column]
+
+    def annotate(self, batch: PairBatch) -> PairBatch:
+        assert self._store is not None
+        known, sums, lengths = self._store.find(batch_keys(batch))
+        if not (known.all() and (lengths == batch.response_lengths.numpy()).all()):
+            raise RunError(
+                f"The log-probs of the reference were not computed for a row of this batch: {', '.join(batch.origins)}."
+            )
+        values = torch.from_numpy(sums / lengths if self._mean else sums).to(self._dtype)
+        response = {**batch.annotations.response, self._column: values}
+        return dataclasses.replace(batch, annotations=dataclasses.replace(batch.annotations, response=response))
+
+    # ------------------------------------------------------------------ before training
+
+    def fill(self, name: str, context: Callable[[], RunContext]) -> None:
+        run = context()
+        self._column, self._mean = f"{name}_log_prob", run.reduction == "mean"
+        self._dtype = torch.promote_types(run.policy.dtype, torch.float32)
+        folder = run.cache / "reference" / run.strategy.broadcast(self._key(run) if run.rank == 0 else "")
+        self._store = LogProbStore(folder)
+        rows = _Rows(run.rows)
+        verified = self._some_kept(rows, run)
+        began = time.perf_counter()
+        with _sole(folder, run):
+            self._store.read()
+            missing = np.flatnonzero(self._missing(rows, run))
+            if len(missing) or len(verified):
+                with self._network(run) as network:
+                    self._verify(rows, verified, network, run)
+                    self._compute(rows, missing, network, run, f"log-probs of {name}")
+        self.computed = int(rows.counts[missing].sum())
+        rank_zero_info(
+            f"Reference '{name}': log-probs of {len(rows.keys) - self.computed:,} responses found and of "
+            f"{self.computed:,} computed in {time.perf_counter() - began:.0f} s ({folder})."
+        )
+
+    def _key(self, run: RunContext) -> str:
+        """What decides the log-probs besides the tokens, as the name of a folder."""
+        weights = (self.source or run.source).weights_digest(run.cache / "weights")
+        return f"{weights}-{run.precision}-v{LOGP_VERSION}".replace(" ", "-")
+
+    def _missing(self, rows: _Rows, run: RunContext) -> np.ndarray:
+        """``[rows]``, whether any process lacks a response of a row: their disks may differ."""
+        assert self._store is not None
+        known = self._store.find(rows.keys)[0]
+        lacking = np.add.reduceat(~known, rows.first).astype(np.int64) if len(rows) else np.zeros(0, dtype=np.int64)
+        return run.total(lacking) > 0
+
+    def _some_kept(self, rows: _Rows, run: RunContext) -> np.ndarray:
+        """Rows to compute again."""
+        if self.source is None and not (run.policy_is_start or has_adapter(run.policy)):
+            return np.zeros(0, dtype=np.int64)  # a run that goes on: when it began they were verified
+        kept = np.flatnonzero(~self._missing(rows, run))
+        drawn = np.random.default_rng().choice(kept, min(self.verify, len(kept)), replace=False)
+        return np.array(run.strategy.broadcast(np.sort(drawn).tolist()), dtype=np.int64)
+
+    @contextmanager
+    def _network(self, run: RunContext) -> Iterator[Callable[[PairBatch], Tensor]]:
+        """What gives log-probs under the reference, summed over tokens."""
+        if self.source is None and (run.policy_is_start or has_adapter(run.policy)):
+            with frozen(run.policy):
+                policy: Any = run.policy
+                yield partial(policy.response_log_probs, reduction="sum")
+            return
+        copy = FrozenCopy(self.source)
+        copy.prepare(run.policy, run.source, run.place)
+        copy.to(run.strategy.root_device, run.policy.dtype)
+        network: Any = copy.network
+        del copy
+        yield partial(network.response_log_probs, reduction="sum")
+        del network
+        gc.collect()
+        if run.strategy.root_device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _compute(
+        self, rows: _Rows, missing: np.ndarray, network: Callable[[PairBatch], Tensor], run: RunContext, label: str
+    ) -> None:
+        assert self._store is not None
+        batches = rows.batches(missing, self.batch_tokens)
+        with telling(label, len(missing), _ROWS_WORTH_TELLING) as advance:
+            step = _PART_BATCHES * run.world
+            for part in (batches[start : start + step] for start in range(0, len(batches), step)):
+                done = np.concatenate(part)
+                keys, sums, lengths = self._values(rows, part, network, run)
+                # Every machine keeps them, for they may share no disk; where they do, all write the same file.
+                self._store.add(keys, sums, lengths, on_disk=int(getattr(run.strategy, "local_rank", 0)) == 0)
+                advance(len(done))
+
+    @staticmethod
+    @torch.no_grad()
+    def _values(
+        rows: _Rows, batches: Sequence[np.ndarray], network: Callable[[PairBatch], Tensor], run: RunContext
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Keys, log-probs and lengths of the responses of batches that processes share out, the same on all."""
+        trees = [rows.trees(batch) for batch in batches]
+        keys = [tree_keys(some) for some in trees]
+        lengths = np.array([len(ids) for some in trees for tree in some for ids in tree.response_ids], dtype=np.int64)
+        ends = np.cumsum([len(some) for some in keys])
+        sums = np.zeros(len(lengths))
+        for turn in range(-(-len(batches) // run.world)):
+            # A process whose turn has no batch takes part all the same, for sharded layers wait for it.
+            number = turn * run.world + run.rank
+            some = trees[number] if number < len(trees) else []
+            batch = collate([(0, tree) for tree in some], ["reference"], [1.0], (), ()).to(run.strategy.root_device)
+            with run.strategy.precision_plugin.forward_context():
+                values = network(batch)
+            if some:
+                sums[ends[number] - len(keys[number]) : ends[number]] = values.double().cpu().numpy()
+        if not np.isfinite(sums).all():
+            raise RunError("The reference gives a log-prob that is not finite: are its weights whole?")
+        return np.concatenate(keys), run.total(sums), lengths
+
+    def _verify(self, rows: _Rows, chosen: np.ndarray, network: Callable[[PairBatch], Tensor], run: RunContext) -> None:
+        """Computes rows again and compares.
+
+        Raises:
+            RunError: They differ by more than rounding.
+        """
+        if not len(chosen):
+            return
+        assert self._store is not None
+        keys, again, _ = self._values(rows, rows.batches(chosen, self.batch_tokens), network, run)
+        kept = self._store.find(keys)[1]
+        half = "16" in f"{run.policy.dtype} {run.precision}"
+        tolerance = _HALF_ROUNDING if half else _ROUNDING
+        wrong = np.abs(again - kept) > tolerance * np.maximum(1.0, np.abs(again))
+        if wrong.any():
+            worst = int(np.argmax(np.abs(again - kept)))
+            raise RunError(
+                f"The log-probs in {self._store.folder} are not those of this reference: a response has "
+                f"{kept[worst]:.6g} there and {again[worst]:.6g} now. Remove that folder; they are then computed again."
+            )
+        rank_zero_info(
+            f"Verified {len(chosen)} rows of kept log-probs: they differ by at most {np.abs(again - kept).max():.2g}."
+        )
+
+
+class _Rows:
+    """All rows of all streams and splits, numbered through, with the keys of their responses."""
+
+    def __init__(self, by_stream: Mapping[tuple[str, str], Trees]) -> None:
+        self._trees = list(by_stream.values())
+        self._ends = np.cumsum([0, *map(len, self._trees)])
+        keys, counts = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.int64)]
+        for trees in self._trees:
+            for start in range(0, len(trees), _AT_ONCE):
+                some = trees.at(range(start, min(start + _AT_ONCE, len(trees))))
+                keys.append(tree_keys(some))
+                counts.append(np.array([len(tree.response_ids) for tree in some], dtype=np.int64))
+        self.keys: np.ndarray = np.concatenate(keys)
+        """``[R]``, of all rows, one row's after the other's."""
+        self.counts: np.ndarray = np.concatenate(counts)
+        """``[rows]``, responses of each."""
+        self.first: np.ndarray = np.cumsum(self.counts) - self.counts
+        """``[rows]``, the first of each row's."""
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def trees(self, numbers: np.ndarray) -> list[PairTree]:
+        """The pair trees of some rows."""
+        owners = np.searchsorted(self._ends, numbers, side="right") - 1
+        places = numbers - self._ends[owners]
+        return [
+            self._trees[owner].at([place])[0] for owner, place in zip(owners.tolist(), places.tolist(), strict=True)
+        ]
+
+    def batches(self, numbers: np.ndarray, tokens: int) -> list[np.ndarray]:
+        """Rows in batches of at most so many tokens, or of one row; the longest first, so that memory fails early."""
+        if not len(numbers):
+            return []
+        lengths = np.concatenate([trees.lengths for trees in self._trees])[numbers]
+        order = np.argsort(-lengths, kind="stable")
+        batches: list[list[int]] = [[]]
+        held = 0
+        for place in order.tolist():
+            if batches[-1] and held + lengths[place] > tokens:
+                batches.append([])
+                held = 0
+            batches[-1].append(int(numbers[place]))
+            held += int(lengths[place])
+        return [np.array(batch, dtype=np.int64) for batch in batches]
+
+
+@contextmanager
+def _sole(folder: Path, run: RunContext) -> Iterator[None]:
+    """Lets one run of all that share the disk compute; the others wait, and find what it has computed."""
+    lock = FileLock(folder.with_name(folder.name + ".lock"))
+    told = False
+    while not run.strategy.broadcast(run.rank != 0 or _acquired(lock)):
+        if not told:
+            rank_zero_info(f"Another run computes log-probs of this reference; waiting for it ({lock.lock_file}).")
+            told = True
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquired(lock: FileLock) -> bool:
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=_SECONDS_TO_WAIT)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{lock.lock_file} cannot be written: {error.strerror}. Set data.cache to another folder."
+        ) from error
+    return True
