@@ -23,6 +23,7 @@ from bfpo_pl.models.log_probs import METHODS, bind_log_probs
 from bfpo_pl.models.sharding import shard
 from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import Everything, TrainablePart, parameter_counts
+from bfpo_pl.optimizers import clip_before_the_step, warn_of_lost_updates
 from bfpo_pl.schedules import Schedule, WarmupCosine
 
 
@@ -139,6 +140,8 @@ class ResponseModule(LightningModule):
             optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)
         except ValueError as error:
             raise UserError(f"model.optimizer: {error}.") from error
+        clip_before_the_step(optimizer)
+        warn_of_lost_updates(optimizer)
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps) or steps < 0:  # Lightning says -1 where epochs have no known length
             raise UserError(
