@@ -68,7 +68,8 @@ class PreferenceModule(ResponseModule):
         logp_reduction: Over the tokens of a response: sum (BFPO, and IPO as published) or mean.
         attention: How the network attends over pair trees. Default: `Auto`.
         chunk_size: Response tokens that meet the vocabulary at once; fewer take less memory.
-        activation_checkpointing: Recomputes activations in the backward pass, for large models.
+        activation_checkpointing: What the backward pass computes again, to save memory: none; selective, what lies
+            between linear layers and attention, which costs little; full, all of each transformer block.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class PreferenceModule(ResponseModule):
         logp_reduction: Literal["sum", "mean"] = "sum",
         attention: AttentionBackend | None = None,
         chunk_size: int = 4096,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Literal["none", "selective", "full"] = "none",
     ) -> None:
         super().__init__(
             policy, optimizer, schedule, trainable, attention, logp_reduction, chunk_size, activation_checkpointing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
@@ -26,7 +28,8 @@ class SFTModule(ResponseModule):
         schedule: Learning-rate schedule. Default: warm-up over 10 % of the steps, then cosine to 0.
         attention: How the network attends over prompts and responses. Default: `Auto`.
         chunk_size: Response tokens that meet the vocabulary at once; fewer take less memory.
-        activation_checkpointing: Recomputes activations in the backward pass, for large models.
+        activation_checkpointing: What the backward pass computes again, to save memory: none; selective, what lies
+            between linear layers and attention, which costs little; full, all of each transformer block.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class SFTModule(ResponseModule):
         schedule: Schedule | None = None,
         attention: AttentionBackend | None = None,
         chunk_size: int = 4096,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Literal["none", "selective", "full"] = "none",
     ) -> None:
         super().__init__(policy, optimizer, schedule, trainable, attention, "sum", chunk_size, activation_checkpointing)
         self._head_checked = False

@@ -19,6 +19,7 @@ from bfpo_pl.batch import PairBatch
 from bfpo_pl.component import RunError, UserError, check_range
 from bfpo_pl.models.attention import AttentionBackend, Auto
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
+from bfpo_pl.models.checkpointing import Checkpointing, check_checkpointing, checkpoint_activations
 from bfpo_pl.models.log_probs import METHODS, bind_log_probs
 from bfpo_pl.models.sharding import shard
 from bfpo_pl.models.sources import ModelSource
@@ -56,7 +57,7 @@ class ResponseModule(LightningModule):
         attention: AttentionBackend | None,
         logp_reduction: Literal["sum", "mean"],
         chunk_size: int,
-        activation_checkpointing: bool,
+        activation_checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
         self.source = policy
@@ -67,7 +68,7 @@ class ResponseModule(LightningModule):
         self.attention = attention or Auto()
         self.logp_reduction = logp_reduction
         self.chunk_size = int(check_range(self, "chunk_size", chunk_size, 1))
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing = check_checkpointing(activation_checkpointing)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._float_buffers: dict[str, Tensor] = {}
         self._nonfinite: Tensor | None = None
@@ -104,11 +105,7 @@ class ResponseModule(LightningModule):
             return
         policy = self.source.load_model()
         self.trainable.apply(policy)
-        if self.activation_checkpointing:
-            # positional, since transformers 5.2x renamed method and argument
-            enable = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-            policy.enable_input_require_grads()
+        checkpoint_activations(policy, self.activation_checkpointing)
         trained, total = parameter_counts(policy)
         rank_zero_info(f"Policy {self.source}: {trained:,} of {total:,} parameters train ({trained / total:.1%}).")
         self.place(policy)
