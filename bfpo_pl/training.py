@@ -129,7 +129,7 @@ class ResponseModule(LightningModule):
         bind_log_probs(model, self.attention, self.logp_reduction, self.chunk_size)
         mesh = self.device_mesh
         if mesh is not None:
-            shard(model, mesh, METHODS)
+            shard(model, mesh, METHODS, str(self.trainer.precision))
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
