@@ -30,6 +30,14 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def membership(index: Tensor, count: int) -> Tensor:
+    """``[count, N]`` bool, whether each of N units belongs to each of ``count`` groups, by the index of its own ``[N]``.
+
+    Like a one-hot code, whose check of the range would wait for the device.
+    """
+    return torch.arange(count, device=index.device)[:, None] == index[None, :]
+
+
 @dataclass(frozen=True)
 class Annotations:
     """What is known about the responses of a batch besides their tokens, as named columns.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from bfpo_pl.batch import REFERENCE, Label, LogProbs, PairBatch
+from bfpo_pl.batch import REFERENCE, Label, LogProbs, PairBatch, membership
 
 QUADRANTS = ("safe_safe", "safe_unsafe", "unsafe_safe", "unsafe_unsafe")
 """Safety of (chosen, rejected). With soft flags a pair counts in each quadrant by its probability."""
@@ -115,7 +115,7 @@ class PreferenceMetrics(Metric):
         if "chosen_safe" in notes and "rejected_safe" in notes:
             quadrants = quadrant_weights(notes["chosen_safe"].double(), notes["rejected_safe"].double())
             groups = torch.cat([groups, quadrants])  # [1 + 4, P]
-        member = torch.nn.functional.one_hot(batch.pair_stream, len(self.streams)).double()  # [P, K]
+        member = membership(batch.pair_stream, len(self.streams)).T.double()  # [P, K]
         used = slice(0, len(groups))
         counted = torch.einsum("pk,gp,mp->kgmp", member, groups, present.double())
         # A non-finite value must show in its own group and in no other, hence no product with a zero weight.
@@ -124,7 +124,7 @@ class PreferenceMetrics(Metric):
 
     def update_responses(self, batch: PairBatch, label: Label, losses: Tensor) -> None:
         """Adds the losses ``[R]`` of a method that labels responses, by stream."""
-        member = torch.nn.functional.one_hot(batch.response_stream, len(self.streams)).double()  # [R, K]
+        member = membership(batch.response_stream, len(self.streams)).T.double()  # [R, K]
         counted = member * (label.weights > 0).double()[:, None]
         column = PAIR_METRICS.index("loss")
         self.total[:, 0, column] += torch.where(counted > 0, losses.detach().double()[:, None], 0.0).sum(0)

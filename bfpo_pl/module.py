@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from bfpo_pl.batch import REFERENCE, Label, LogProbs, PairBatch, Requirements
+from bfpo_pl.batch import REFERENCE, Label, LogProbs, PairBatch, Requirements, membership
 from bfpo_pl.component import RunError, UserError
 from bfpo_pl.labeling import LabelingFunction
 from bfpo_pl.losses import AuxiliaryLoss, PreferenceLoss
@@ -221,7 +221,7 @@ class PreferenceModule(ResponseModule):
 
     def _sum_over_streams(self, losses: Tensor, weights: Tensor, stream: Tensor, batch: PairBatch) -> Tensor:
         """Σ over streams of stream weight · reduction over the stream's units: the paper adds the streams' means."""
-        member = torch.nn.functional.one_hot(stream, len(batch.streams)).T.to(losses.dtype)  # [K, N]
+        member = membership(stream, len(batch.streams)).to(losses.dtype)  # [K, N]
         stream_weights = member * weights
         counts = self.mean_over_ranks((stream_weights > 0).sum(dim=1).to(losses.dtype))
         reduced = [self.pair_reduction(losses, stream_weights[k], counts[k]) for k in range(len(batch.streams))]

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from bfpo_pl.batch import PairBatch
+from bfpo_pl.batch import PairBatch, membership
 from bfpo_pl.component import UserError
 from bfpo_pl.metrics import TokenMetrics
 from bfpo_pl.models.attention import AttentionBackend
@@ -58,7 +58,7 @@ class SFTModule(ResponseModule):
     def objective(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """The scalar loss, Σ over streams of weight · NLL / tokens, and the NLL of each response ``[R]``."""
         nll = -self.log_probs_of(batch)
-        member = torch.nn.functional.one_hot(batch.response_stream, len(batch.streams)).T.to(nll.dtype)  # [K, R]
+        member = membership(batch.response_stream, len(batch.streams)).to(nll.dtype)  # [K, R]
         tokens = self.mean_over_ranks(member @ batch.response_lengths.to(nll.dtype))
         loss = (batch.stream_weight.to(nll.dtype) * (member @ nll) / tokens.clamp(min=1e-12)).sum()
         return loss, nll

@@ -157,7 +157,12 @@ class ResponseModule(LightningModule):
         """The mean of a tensor over processes, without a gradient; itself on one process or without a trainer."""
         if self._trainer is None or self.trainer.world_size == 1:
             return values
-        return self.trainer.strategy.reduce(values.detach().clone(), reduce_op="mean")
+        values = values.detach().clone()
+        if not torch.distributed.is_initialized():
+            return self.trainer.strategy.reduce(values, reduce_op="mean")
+        # Not by the strategy, whose reduce begins with a barrier: the host would wait for the device in every step.
+        torch.distributed.all_reduce(values)
+        return values / self.trainer.world_size
 
     def check_head(self, batch: PairBatch) -> None:
         """Compares the head's logits and the attention with the model's own on a few tokens, once.

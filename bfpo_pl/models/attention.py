@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.component import Component, RunError
+from bfpo_pl.models.packed_rows import no_packed_rows
 from bfpo_pl.models.tree_attention import NAME, TreeRows, tree_obstacle
 
 
@@ -46,7 +47,8 @@ class Padded(AttentionBackend):
 
     def predicting_states(self, backbone: nn.Module, batch: PairBatch) -> Tensor:
         index, _ = batch.row_table()
-        hidden = backbone(input_ids=batch.tokens[index], use_cache=False).last_hidden_state  # [R, L, H]
+        with no_packed_rows():
+            hidden = backbone(input_ids=batch.tokens[index], use_cache=False).last_hidden_state  # [R, L, H]
         response, offset = batch.response_token_table()
         prompt_length = batch.segment_length[batch.prompt_segment]
         return hidden[response, prompt_length[response] - 1 + offset]

@@ -37,8 +37,12 @@ BASE = [
 ]
 LORA = ["--model.trainable=LoRA", "--model.trainable.r=4", "--model.reference=AdapterOff"]
 SELECT = ["--model.trainable=Select", "--model.trainable.patterns=[down_proj]"]
+SELECTIVE = ["--model.activation_checkpointing=selective"]
 SGD = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.05"]
-ADAMW = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3"]
+ADAMW = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3", "--model.optimizer.fused=true"]
+ADAMW32 = ["--model.optimizer=bfpo_pl.optimizers.AdamW32", "--model.optimizer.lr=1e-3", "--model.optimizer.fused=true"]
+TRUE = [*ADAMW32, "--model.optimizer.lr=1e-5", "--trainer.precision=bf16-true"]
+BF16 = [*ADAMW32, *SELECTIVE, "--trainer.precision=bf16-mixed"]
 EVALUATION = [
     "--trainer.callbacks+=bfpo_pl.callbacks.microworld.MicroworldEvaluation",
     "--trainer.callbacks.max_prompts=7",
@@ -138,7 +142,7 @@ def execute(arguments: list[str], folder: Path) -> str:
     """Runs a command as a user would; fails with its output if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "PL_GLOBAL_SEED")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
     log = done.stdout + done.stderr
     assert done.returncode == 0, f"{' '.join(arguments)}\n{log[-6000:]}"
@@ -191,6 +195,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("single")
     jobs = {name: ["fit", *command(name, "single", folder / name)] for name in METHODS}
     jobs["sgd"] += [*EVALUATION, *GENERATION]
+    jobs["bf16"] = ["fit", *command("sgd", "single", folder / "bf16"), *BF16, *EVALUATION]
+    jobs["true"] = ["fit", *command("sgd", "single", folder / "true"), *TRUE]
     jobs["sft"] = sft("single", folder / "sft")
     return chain(jobs, folder, lambda arguments, cwd: execute([sys.executable, *arguments], cwd))
 
@@ -253,6 +259,10 @@ def chained(
             f"--data.cache={folder / kept}.cache",
         ]
         jobs[kept] = ["fit", *command("adamw", strategy, folder / kept), *more]
+        jobs[f"{strategy}-bf16"] = ["fit", *command("sgd", strategy, folder / f"{strategy}-bf16"), *BF16, *EVALUATION]
+        true, true_resumed = f"{strategy}-true", f"{strategy}-true-resumed"
+        jobs[true] = ["fit", *command("sgd", strategy, folder / true), *TRUE]
+        jobs[true_resumed] = ["fit", *command("sgd", strategy, folder / true_resumed), *TRUE, at(folder / true / "*/*")]
         validated = f"{strategy}-validated"
         jobs[validated] = ["validate", *command("sgd", strategy, folder / validated), at(single["sgd"].folder, 10)]
         jobs[f"{strategy}-sft"] = sft(strategy, folder / f"{strategy}-sft")
