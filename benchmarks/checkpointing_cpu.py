@@ -181,7 +181,12 @@ def main() -> None:
     """Measures; one file for all precisions, each under its name."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of each process after one to warm up; 0: that one alone is timed")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=2,
+        help="timed steps of each process after one to warm up; 0: that one alone is timed",
+    )
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--threads", type=int, default=1)

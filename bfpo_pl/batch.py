@@ -31,7 +31,7 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def membership(index: Tensor, count: int) -> Tensor:
-    """``[count, N]`` bool, whether each of N units belongs to each of ``count`` groups, by the index of its own ``[N]``.
+    """``[count, N]`` bool, which of N units belong to each of ``count`` groups, by the index ``[N]`` of their own.
 
     Like a one-hot code, whose check of the range would wait for the device.
     """

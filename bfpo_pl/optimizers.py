@@ -58,7 +58,7 @@ class AdamW32(AdamW):
         clip_before_the_step(self)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; a closure, if given, computes loss and gradients before it."""
         loss = None
         if closure is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 

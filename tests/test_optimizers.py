@@ -22,7 +22,7 @@ def parameters(dtype=torch.float32, seed=0):
     """Weights of a spread of sizes, from 1e-3 to 1, representable in bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((5, 7), (11,), (3, 2, 4))
-    values = [torch.randn(s, generator=generator) * 10.0 ** -(i) for i, s in enumerate(shapes)]
+    values = [torch.randn(s, generator=generator) * 0.1**i for i, s in enumerate(shapes)]
     return [nn.Parameter(value.bfloat16().to(dtype)) for value in values]
 
 

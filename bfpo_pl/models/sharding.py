@@ -35,8 +35,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, methods: tuple[str, ...] = (
     """Shards a model's parameters over the data-parallel ranks (FSDP2), in place.
 
     Gradients are reduced in float32 at least. Under ``bf16-mixed`` blocks are gathered in bfloat16: half the traffic,
-    and nothing of a block's weights is left after it has run, whereas autocast's own casts would be kept, unsharded, for
-    the backward pass. Embeddings, head and the states between blocks are autocast's, as on one process.
+    and nothing of a block's weights is left after it has run, whereas autocast's own casts would be kept, unsharded,
+    for the backward pass. Embeddings, head and the states between blocks are autocast's, as on one process.
 
     Args:
         model: The whole model, the same on every rank.

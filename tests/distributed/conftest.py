@@ -42,7 +42,7 @@ SGD = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.05"]
 ADAMW = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3", "--model.optimizer.fused=true"]
 ADAMW32 = ["--model.optimizer=bfpo_pl.optimizers.AdamW32", "--model.optimizer.lr=1e-3", "--model.optimizer.fused=true"]
 TRUE = [*ADAMW32, "--model.optimizer.lr=1e-5", "--trainer.precision=bf16-true"]
-BF16 = [*ADAMW32, *SELECTIVE, "--trainer.precision=bf16-mixed"]
+MIXED = [*ADAMW32, *SELECTIVE, "--trainer.precision=bf16-mixed"]
 EVALUATION = [
     "--trainer.callbacks+=bfpo_pl.callbacks.microworld.MicroworldEvaluation",
     "--trainer.callbacks.max_prompts=7",
@@ -142,7 +142,11 @@ def execute(arguments: list[str], folder: Path) -> str:
     """Runs a command as a user would; fails with its output if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "PL_GLOBAL_SEED")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
     log = done.stdout + done.stderr
     assert done.returncode == 0, f"{' '.join(arguments)}\n{log[-6000:]}"
@@ -195,8 +199,6 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("single")
     jobs = {name: ["fit", *command(name, "single", folder / name)] for name in METHODS}
     jobs["sgd"] += [*EVALUATION, *GENERATION]
-    jobs["bf16"] = ["fit", *command("sgd", "single", folder / "bf16"), *BF16, *EVALUATION]
-    jobs["true"] = ["fit", *command("sgd", "single", folder / "true"), *TRUE]
     jobs["sft"] = sft("single", folder / "sft")
     return chain(jobs, folder, lambda arguments, cwd: execute([sys.executable, *arguments], cwd))
 
@@ -259,10 +261,6 @@ def chained(
             f"--data.cache={folder / kept}.cache",
         ]
         jobs[kept] = ["fit", *command("adamw", strategy, folder / kept), *more]
-        jobs[f"{strategy}-bf16"] = ["fit", *command("sgd", strategy, folder / f"{strategy}-bf16"), *BF16, *EVALUATION]
-        true, true_resumed = f"{strategy}-true", f"{strategy}-true-resumed"
-        jobs[true] = ["fit", *command("sgd", strategy, folder / true), *TRUE]
-        jobs[true_resumed] = ["fit", *command("sgd", strategy, folder / true_resumed), *TRUE, at(folder / true / "*/*")]
         validated = f"{strategy}-validated"
         jobs[validated] = ["validate", *command("sgd", strategy, folder / validated), at(single["sgd"].folder, 10)]
         jobs[f"{strategy}-sft"] = sft(strategy, folder / f"{strategy}-sft")
@@ -270,6 +268,25 @@ def chained(
         jobs[lora] = ["fit", *command("lora", strategy, folder / lora)]
         jobs[resumed] = ["fit", *command("lora", strategy, folder / resumed), at(folder / lora / "*/*")]
     return chain(jobs, folder, torchrun)
+
+
+@pytest.fixture(scope="session")
+def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """BFPO in bf16-mixed and, with float32 state, bf16-true: on one process and, named by the strategy, on two."""
+    folder = tmp_path_factory.mktemp("bfloat16")
+
+    def fit(name: str, strategy: str, *more: str) -> list[str]:
+        return ["fit", *command("sgd", strategy, folder / name), *more]
+
+    jobs = {"mixed": fit("mixed", "single", *MIXED), "true": fit("true", "single", *TRUE)}
+    runs = chain(jobs, folder, lambda arguments, cwd: execute([sys.executable, *arguments], cwd))
+    jobs = {}
+    for strategy in STRATEGIES:
+        mixed, true, resumed = f"{strategy}-mixed", f"{strategy}-true", f"{strategy}-true-resumed"
+        jobs[mixed] = fit(mixed, strategy, *MIXED, *(EVALUATION if strategy == "fsdp2" else ()))
+        jobs[true] = fit(true, strategy, *TRUE)
+        jobs[resumed] = fit(resumed, strategy, *TRUE, at(folder / true / "*/*"))
+    return runs | chain(jobs, folder, torchrun)
 
 
 @pytest.fixture(scope="session")

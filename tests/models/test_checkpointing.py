@@ -120,5 +120,5 @@ def test_full_keeps_least():
 
 @pytest.mark.parametrize("value", [True, False, "all", None])
 def test_other_values_are_refused(value):
-    with pytest.raises(UserError, match="activation_checkpointing must be none, selective .* or full .*, not"):
+    with pytest.raises(UserError, match=r"activation_checkpointing must be none, selective .* or full .*, not"):
         check_checkpointing(value)

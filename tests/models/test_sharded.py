@@ -74,9 +74,11 @@ def step_in_bfloat16(mesh, precision, how="none", name="llama"):
     if mesh is not None:
         shard(model, mesh, METHODS, precision)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            values = model.response_log_probs(batch_of(trees_of(2, 1, 3)))
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    )
+    with hooks, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        values = model.response_log_probs(batch_of(trees_of(2, 1, 3)))
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved if t.dtype == torch.bfloat16}
     (torch.linspace(-1.0, 1.5, len(values)) * values).sum().backward()
     grads = {n: p.grad.full_tensor() if mesh is not None else p.grad for n, p in model.named_parameters()}
@@ -104,7 +106,10 @@ def test_bfloat16_is_as_good_as_autocast_of_the_whole_network(mesh, name, how):
     exact_values = exact.response_log_probs(batch_of(trees_of(2, 1, 3)))
     (torch.linspace(-1.0, 1.5, len(exact_values)) * exact_values).sum().backward()
     errors = []
-    for values, gradients, _ in (step_in_bfloat16(None, "", how, name), step_in_bfloat16(mesh, "bf16-mixed", how, name)):
+    for values, gradients, _ in (
+        step_in_bfloat16(None, "", how, name),
+        step_in_bfloat16(mesh, "bf16-mixed", how, name),
+    ):
         squares = [((gradients[n] - p.grad).norm() ** 2).item() for n, p in exact.named_parameters()]
         errors.append(((values - exact_values).norm().item(), sum(squares) ** 0.5))
     assert all(g.dtype == torch.float32 for g in gradients.values())
