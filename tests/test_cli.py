@@ -257,6 +257,7 @@ CALLBACK = "--trainer.callbacks=bfpo_pl.callbacks.microworld.MicroworldEvaluatio
         (["--model.trainable=LoRA", "--model.trainable.r=0"], ["LoRA", "r must lie in [1"]),
         (["--model.auxiliary=SafeChosenNLL", "--model.auxiliary.weight=-1"], ["SafeChosenNLL", "weight"]),
         (["--model.chunk_size=0"], ["chunk_size"]),
+        (["--model.activation_checkpointing=true"], ["activation_checkpointing", "none", "selective", "full"]),
         (["--model.optimizer.lr=-1"], ["model.optimizer", "learning rate", "-1"]),
         (["--model.policy.layers=0"], ["TinyModel", "layers"]),
         (["--model.policy=HFModel", "--model.policy.path=./nowhere"], ["no folder './nowhere'", "export/"]),

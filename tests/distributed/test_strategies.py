@@ -101,9 +101,9 @@ def test_bfloat16_agrees_with_one_process(strategy, precision, bfloat16):
     ours, theirs = run.metrics("train/"), other.metrics("train/")
     assert list(ours) == list(theirs) == list(range(1, 11))
     for step, values in theirs.items():
-        # Log-probs of some -100 nats have an error of about 0.3 nats in bfloat16, and a pair's loss is (h - 50)².
+        # Another order of additions alone, as under ddp, moves a loss of 0.4 to 1.2 by some 0.03 after a few steps.
         for name in ("train/all/all/loss", "train/all/all/log_prob_chosen"):
-            assert ours[step][name] == pytest.approx(values[name], rel=0.02), (step, name)
+            assert ours[step][name] == pytest.approx(values[name], rel=0.02, abs=0.1), (step, name)
     # The reference runs in the same types as the policy: the first margin is exactly 0.
     assert ours[1]["train/all/all/margin"] == theirs[1]["train/all/all/margin"] == 0.0
     weights, start = run.weights, TinyModel(**TINY).load_model().state_dict()
