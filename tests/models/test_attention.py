@@ -99,7 +99,7 @@ def test_the_check_before_the_first_step_sees_a_leak(monkeypatch, backend, dtype
         plain = tree_attention.pair_rows_attention
         return leaking(*arguments, pair_rows=pair_rows, **kwargs) if pair_rows else plain(*arguments, **kwargs)
 
-    module = ResponseModule(None, None, None, None, backend, "sum", 4096, False)
+    module = ResponseModule(None, None, None, None, backend, "sum", 4096, "none")
     module.policy = build("llama", dtype)
     bind_log_probs(module.policy, backend)
     batch = batch_of(trees_of(2, 2))

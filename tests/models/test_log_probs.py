@@ -128,6 +128,6 @@ def test_the_attention_is_chosen_by_itself_unless_it_is_named():
 
 def response_module(model):
     """A module that has this policy and nothing else."""
-    module = ResponseModule(None, None, None, None, None, "sum", 4096, False)
+    module = ResponseModule(None, None, None, None, None, "sum", 4096, "none")
     module.policy = model
     return module
