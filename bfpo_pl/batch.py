@@ -118,6 +118,8 @@ class PairBatch:
             device; computed if not given.
         response_tokens: Tokens of all responses together, likewise.
         most_responses: Responses of the prompt that has most, likewise.
+        key_tokens: Tokens of all responses together, each with its prompt, likewise.
+        in_order: Whether the tokens are those of each prompt followed by its responses, and of nothing else, likewise.
     """
 
     tokens: Tensor
@@ -135,6 +137,8 @@ class PairBatch:
     max_length: int = -1
     response_tokens: int = -1
     most_responses: int = -1
+    key_tokens: int = -1
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         if self.response_tokens < 0:
@@ -144,6 +148,8 @@ class PairBatch:
             object.__setattr__(self, "max_length", int(whole.max()) if len(whole) else 0)
             counts = self.prompt_segment.bincount()
             object.__setattr__(self, "most_responses", int(counts.max()) if len(counts) else 0)
+            object.__setattr__(self, "key_tokens", int(whole.sum()))
+            object.__setattr__(self, "in_order", self._is_in_order())
 
     def __len__(self) -> int:
         """Number of responses."""
@@ -153,6 +159,24 @@ class PairBatch:
     def pairs(self) -> Tensor:
         """``[P, 2]`` int64, indices (chosen, rejected) into the responses."""
         return self.annotations.pairs
+
+    @property
+    def first_of_prompt(self) -> Tensor:
+        """``[R]`` bool, whether a response is the first of its prompt, in a batch whose tokens are in order."""
+        prompt = self.prompt_segment
+        return torch.cat([torch.ones_like(prompt[:1], dtype=torch.bool), prompt[1:] != prompt[:-1]])
+
+    def _is_in_order(self) -> bool:
+        lengths, first = self.segment_length, self.first_of_prompt
+        # Segments go by as: a prompt before its first response, then responses.
+        segment = torch.arange(len(first), device=first.device) + first.cumsum(0)
+        return (
+            len(lengths) == len(first) + int(first.sum())
+            and torch.equal(self.response_segment, segment)
+            and torch.equal(self.prompt_segment[first], segment[first] - 1)
+            and torch.equal(self.segment_start, lengths.cumsum(0) - lengths)
+            and len(self.tokens) == int(lengths.sum())
+        )
 
     @property
     def response_lengths(self) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,45 +18,38 @@ from bfpo_pl.batch import PairBatch
 from bfpo_pl.component import RunError
 
 NAME = "bfpo_pair_rows"
-"""Name of the attention function. Without `TreeRows` it is transformers' SDPA: a network can generate with it."""
+"""Name of the attention function. Without a `TreeLayout` it is transformers' SDPA: a network can generate with it."""
 
 
-class TreeRows:
-    """Where each token of a batch stands in the rows of its responses, and what passes it on to the attention layers.
+class TreeLayout(ABC):
+    """How the layers of a network attend over one batch, whose tokens they are given in one row.
 
     Args:
         batch: The pair trees; at least one response.
     """
 
     def __init__(self, batch: PairBatch) -> None:
-        index, inside = batch.row_table()  # [R, L]
-        responses, length = index.shape
-        device = index.device
-        prompt = batch.prompt_segment
-        # How many responses of the same prompt come before each one: a prompt's token is in the row of each of them.
-        earlier = (prompt[:, None] == prompt[None, :]).tril(-1).sum(dim=1)
-        column = torch.arange(length, device=device)[None, :]
-        copy = torch.where(column < batch.segment_length[prompt][:, None], earlier[:, None], 0)
-        cell = torch.arange(responses * length, device=device).view(responses, length)
-        outside = len(batch.tokens)
-        cells = torch.full((batch.most_responses, outside + 1), -1, device=device)
-        cells[copy.where(inside, 0), index.where(inside, outside)] = cell
-        cells = cells[:, :outside]
-        self.shape = (responses, length)
-        self.tokens = index.flatten()
-        """``[R · L]``, the token in each cell; some token in padding."""
-        self.taken = cells >= 0
-        self.cells = cells.clamp(min=0)
-        """``[K, T]``, the cells of each token, those of the first response's row first; where ``taken`` alone."""
-        self.first = (self.cells[0][index] == cell).flatten() & inside.flatten()
-        """``[R · L]``, whether a cell is its token's first."""
         # Transformers passes a 4D mask on as it is. Any layer that applied this one would give NaN.
-        self.marker = torch.full((1, 1, 1, 1), float("nan"), device=device)
+        self.marker = torch.full((1, 1, 1, 1), float("nan"), device=batch.tokens.device)
         self.layers = 0
-        self._masks: dict[int, Tensor] = {}
+
+    @abstractmethod
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """The attention of one layer, in which every response sees its prompt and itself, causally.
+
+        Args:
+            module: The attention layer.
+            query: ``[1, heads, T, D]``.
+            key: The same, with as many heads as there are for keys.
+            value: Likewise.
+            scores: What the layer makes of the products of queries and keys.
+
+        Returns:
+            ``[1, T, heads, D]``.
+        """
 
     def check_used(self, backbone: nn.Module) -> None:
-        """Checks, after a forward pass, that every layer attended in these rows.
+        """Checks, after a forward pass, that every layer attended in this layout.
 
         Raises:
             RunError: Some did not, so responses may have seen each other.
@@ -66,46 +61,149 @@ class TreeRows:
                 "attention interface. Set model.attention to Padded."
             )
 
+
+@dataclass(frozen=True)
+class Scores:
+    """What an attention layer makes of the products of queries and keys.
+
+    Args:
+        scaling: Their factor. Default: 1/sqrt(D).
+        dropout: Probability of dropping a weight.
+        window: How many tokens, itself included, a token sees. Default: all before it.
+        softcap: Soft cap of the scores.
+    """
+
+    scaling: float | None = None
+    dropout: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Cells that hold copies of tokens: a prompt's tokens are copied for each of its responses.
+
+    Args:
+        tokens: ``[C]`` int64, the token in each cell; some token in padding.
+        cells: ``[K, T]`` int64, the cells of each token, that of its prompt's first response first.
+        taken: ``[K, T]`` bool, where ``cells`` holds one.
+    """
+
+    tokens: Tensor
+    cells: Tensor
+    taken: Tensor
+
+    @classmethod
+    def of(cls, batch: PairBatch, tokens: Tensor, response: Tensor, inside: Tensor) -> Copies:
+        """Copies for the responses of a batch.
+
+        Args:
+            batch: The pair trees.
+            tokens: ``[C]`` int64, the token in each cell.
+            response: ``[C]`` int64, the response that each cell is for.
+            inside: ``[C]`` bool, False in padding.
+        """
+        count, device, prompt = len(batch.tokens), tokens.device, batch.prompt_segment
+        # How many responses of the same prompt come before each one: a prompt's token has a cell for each of them.
+        earlier = (prompt[:, None] == prompt[None, :]).tril(-1).sum(dim=1)
+        start = batch.segment_start[prompt][response]
+        of_prompt = (tokens >= start) & (tokens < start + batch.segment_length[prompt][response])
+        copy = torch.where(of_prompt & inside, earlier[response], 0)
+        cells = torch.full((batch.most_responses, count + 1), -1, device=device)
+        cells[copy, tokens.where(inside, count)] = torch.arange(len(tokens), device=device)
+        cells = cells[:, :count]
+        return cls(tokens, cells.clamp(min=0), cells >= 0)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Tokens' states ``[1, heads, T, D]`` in the cells, ``[C, heads, D]``."""
+        _, heads, tokens, width = states.shape
+        flat = states[0].transpose(0, 1).reshape(tokens, heads * width)
+        return _ToCells.apply(flat, self).view(-1, heads, width)
+
+
+class TreeRows(TreeLayout):
+    """One row for each response, its prompt before it, padded on the right."""
+
+    def __init__(self, batch: PairBatch) -> None:
+        super().__init__(batch)
+        index, inside = batch.row_table()  # [R, L]
+        self.shape = tuple(index.shape)
+        row = torch.arange(len(index), device=index.device)[:, None].expand_as(index)
+        self.copies = Copies.of(batch, index.flatten(), row.flatten(), inside.flatten())
+        cell = torch.arange(index.numel(), device=index.device)
+        self.first = (self.copies.cells[0][index.flatten()] == cell) & inside.flatten()
+        """``[R · L]``, whether a cell is its token's first."""
+        self._masks: dict[int, Tensor] = {}
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        responses, length = self.shape
+        windowed = scores.window is not None and scores.window < length
+        query, key, value = (
+            self.copies(states).unflatten(0, self.shape).transpose(1, 2)
+            for states in in_compute_dtype(query, key, value)
+        )
+        if scores.softcap is not None:
+            output = soft_capped(query, key, value, self.mask(scores.window if windowed else length), scores)  # type: ignore[arg-type]
+        else:
+            mask = self.mask(scores.window)[None, None] if windowed else None  # type: ignore[arg-type]
+            output, _ = sdpa_attention_forward(
+                module, query, key, value, mask, scores.dropout, scores.scaling, is_causal=True
+            )
+        heads, width = output.shape[2:]
+        folded = _ToTokens.apply(output.reshape(responses * length, heads * width), self)
+        return folded.view(1, -1, heads, width)
+
     def mask(self, window: int) -> Tensor:
         """``[L, L]``, True where a query (first) may see a key: not after it, and less than ``window`` before it."""
         if window not in self._masks:
-            place = torch.arange(self.shape[1], device=self.tokens.device)
+            place = torch.arange(self.shape[1], device=self.first.device)
             distance = place[:, None] - place[None, :]
             self._masks[window] = (distance >= 0) & (distance < window)
         return self._masks[window]
 
 
-class _ToRows(torch.autograd.Function):
-    """Tokens ``[T, D]`` to cells ``[R · L, D]``. Its backward pass adds up copies in one order, every time."""
+class _ToCells(torch.autograd.Function):
+    """Tokens ``[T, D]`` to cells ``[C, D]``. Its backward pass adds up copies in one order, every time."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, rows: TreeRows) -> Tensor:
-        ctx.rows = rows
-        return tokens.index_select(0, rows.tokens)
+    def forward(ctx: Any, tokens: Tensor, copies: Copies) -> Tensor:
+        ctx.copies = copies
+        return tokens.index_select(0, copies.tokens)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
-        rows, (gradient,) = ctx.rows, outputs
-        total = gradient.index_select(0, rows.cells[0]).masked_fill_(~rows.taken[0][:, None], 0.0)
-        for cells, taken in zip(rows.cells[1:], rows.taken[1:], strict=True):
+        copies, (gradient,) = ctx.copies, outputs
+        total = gradient.index_select(0, copies.cells[0]).masked_fill_(~copies.taken[0][:, None], 0.0)
+        if len(copies.cells) > 1:  # rounded once, after the sum
+            total = total.to(torch.promote_types(gradient.dtype, torch.float32))
+        for cells, taken in zip(copies.cells[1:], copies.taken[1:], strict=True):
             total += gradient.index_select(0, cells).masked_fill_(~taken[:, None], 0.0)
-        return total, None
+        return total.to(gradient.dtype), None
 
 
 class _ToTokens(torch.autograd.Function):
-    """Cells ``[R · L, D]`` to tokens ``[T, D]``, each from its first cell."""
+    """Cells ``[C, D]`` to tokens ``[T, D]``, each from its first cell."""
 
     @staticmethod
     def forward(ctx: Any, cells: Tensor, rows: TreeRows) -> Tensor:
         ctx.rows = rows
-        return cells.index_select(0, rows.cells[0])
+        return cells.index_select(0, rows.copies.cells[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
         rows, (gradient,) = ctx.rows, outputs
-        return gradient.index_select(0, rows.tokens).masked_fill_(~rows.first[:, None], 0.0), None
+        return gradient.index_select(0, rows.copies.tokens).masked_fill_(~rows.first[:, None], 0.0), None
+
+
+def in_compute_dtype(*states: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values in autocast's type, where it is on: SDPA would cast them, copies and all."""
+    device = states[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return states
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in states)
 
 
 def pair_rows_attention(
@@ -118,7 +216,7 @@ def pair_rows_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    pair_rows: TreeRows | None = None,
+    pair_rows: TreeLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers, called by each attention layer.
@@ -133,7 +231,7 @@ def pair_rows_attention(
         dropout: Probability of dropping a weight.
         sliding_window: How many tokens, itself included, a token sees. Default: all before it.
         softcap: Soft cap of the scores.
-        pair_rows: The rows to attend in.
+        pair_rows: The layout to attend in.
         **kwargs: What else layers pass on.
 
     Returns:
@@ -146,42 +244,24 @@ def pair_rows_attention(
         if attention_mask is None:
             attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
             attention_mask = attention_mask.tril(key.shape[2] - query.shape[2])
-        return _soft_capped(query, key, value, attention_mask, scaling, dropout, softcap), None
+        return soft_capped(query, key, value, attention_mask, Scores(scaling, dropout, softcap=softcap)), None
     for name in ("s_aux", "position_bias", "cache", "head_mask"):
         if kwargs.get(name) is not None:
             raise RunError(f"{type(module).__name__} passes '{name}', unknown to pair rows: set attention to Padded.")
     pair_rows.layers += 1
-    responses, length = pair_rows.shape
-    windowed = sliding_window is not None and sliding_window < length
-    query, key, value = (_unfolded(states, pair_rows) for states in (query, key, value))
-    if softcap is not None:
-        mask = pair_rows.mask(sliding_window if windowed else length)  # type: ignore[arg-type]
-        output = _soft_capped(query, key, value, mask, scaling, dropout, softcap)
-    else:
-        mask = pair_rows.mask(sliding_window)[None, None] if windowed else None  # type: ignore[arg-type,assignment]
-        output, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=True)
-    heads, width = output.shape[2:]
-    folded = _ToTokens.apply(output.reshape(responses * length, heads * width), pair_rows)
-    return folded.view(1, -1, heads, width), None
+    scores = Scores(scaling, dropout, sliding_window, softcap)
+    return pair_rows.attend(module, query, key, value, scores), None
 
 
-def _unfolded(states: Tensor, rows: TreeRows) -> Tensor:
-    """Queries, keys or values ``[1, heads, T, D]`` in the rows of responses, ``[R, heads, L, D]``."""
-    _, heads, tokens, width = states.shape
-    cells = _ToRows.apply(states[0].transpose(0, 1).reshape(tokens, heads * width), rows)
-    return cells.view(*rows.shape, heads, width).transpose(1, 2)
-
-
-def _soft_capped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, dropout: float, softcap: float
-) -> Tensor:
+def soft_capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scores) -> Tensor:
     """Attention with soft-capped scores, which SDPA has not: ``[B, L, heads, D]``. The mask is boolean."""
     key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    weights = functional.dropout(weights.to(value.dtype), p=dropout)
+    products = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling)
+    if scores.softcap is not None:
+        products = torch.tanh(products / scores.softcap) * scores.softcap
+    products = products.masked_fill(~mask, torch.finfo(products.dtype).min)
+    weights = functional.softmax(products, dim=-1, dtype=torch.promote_types(products.dtype, torch.float32))
+    weights = functional.dropout(weights.to(value.dtype), p=scores.dropout)
     return (weights @ value).transpose(1, 2).contiguous()
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from exactness import differences
 from networks import CONFIGS, SIZES, batch_of, build, gradients, naive_log_probs, trees_of
 from transformers import (
     AttentionInterface,
@@ -25,26 +26,12 @@ from bfpo_pl.component import RunError
 from bfpo_pl.data.trees import PairTree
 from bfpo_pl.models import attention as attention_module
 from bfpo_pl.models import tree_attention
-from bfpo_pl.models.attention import Auto, Padded, Unfold
+from bfpo_pl.models.attention import Auto, Padded, Segments, Unfold, Varlen
 from bfpo_pl.models.log_probs import bind_log_probs, response_log_probs
-from bfpo_pl.models.tree_attention import NAME, TreeRows
+from bfpo_pl.models.tree_attention import NAME, Scores, TreeRows
 from bfpo_pl.training import AttentionMismatchError, ResponseModule
 
-BACKENDS = {"padded": Padded, "unfold": Unfold}
-
-
-def differences(model, backend, trees, chunk_size=4096):
-    """Differences from the naive computation: of the loss, and of each gradient, relative to its norm."""
-    want = naive_log_probs(model, trees, "sum")  # before the network is prepared: by its own attention
-    direction = torch.linspace(-1.0, 1.5, len(want), dtype=want.dtype)
-    loss = (direction * want).sum()
-    right = gradients(model, loss)
-    backend = backend.prepare(model)
-    ours = (direction * response_log_probs(model, batch_of(trees), backend, "sum", chunk_size)).sum()
-    found = gradients(model, ours)
-    assert all(gradient.norm() > 1e-6 for gradient in right.values())
-    relative = {name: ((found[name] - g).norm() / g.norm()).item() for name, g in right.items()}
-    return (ours - loss).abs().item() / loss.abs().item(), relative
+BACKENDS = {"padded": Padded, "unfold": Unfold, "segments": Segments}
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
@@ -54,7 +41,7 @@ def test_loss_and_gradients_of_every_family(only_float64, name, backend):
     loss, relative = differences(model, backend(), trees_of(2, 1, 3, 2), chunk_size=7)
     assert loss < 1e-10
     assert max(relative.values()) < 1e-10
-    assert (model.config._attn_implementation == NAME) == (backend is Unfold)
+    assert (model.config._attn_implementation == NAME) == (backend is not Padded)
 
 
 def leaking(module, query, key, value, attention_mask, scaling, pair_rows=None, softcap=None, **kwargs):
@@ -66,17 +53,18 @@ def leaking(module, query, key, value, attention_mask, scaling, pair_rows=None, 
     mask = same_tree & (distance >= 0) & (distance < (kwargs.get("sliding_window") or 1000))
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, mask[None, None], 0.0, scaling)
-    return tree_attention._soft_capped(query, key, value, mask, scaling, 0.0, softcap), None
+    return tree_attention.soft_capped(query, key, value, mask, Scores(scaling, softcap=softcap)), None
 
 
 TREES = trees_of(2, 1, 3, 2)
 TREE = torch.tensor([n for n, tree in enumerate(TREES) for ids in (tree.prompt_ids, *tree.response_ids) for _ in ids])
 
 
+@pytest.mark.parametrize("backend", [Unfold, Segments, Varlen])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt-neox", "gpt2"])
-def test_a_planted_leak_of_chosen_into_rejected_fails_the_same_check(only_float64, monkeypatch, name):
+def test_a_planted_leak_of_chosen_into_rejected_fails_the_same_check(only_float64, monkeypatch, name, backend):
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, leaking)
-    loss, relative = differences(build(name), Unfold(), TREES)
+    loss, relative = differences(build(name), backend(), TREES)
     assert loss > 1e-3
     assert max(relative.values()) > 1e-2
 
@@ -93,7 +81,7 @@ def test_with_one_response_a_tree_the_leak_is_none(only_float64, monkeypatch, na
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", [Unfold(), Auto()], ids=repr)
+@pytest.mark.parametrize("backend", [Unfold(), Segments(), Varlen(), Auto()], ids=repr)
 def test_the_check_before_the_first_step_sees_a_leak(monkeypatch, backend, dtype):
     def leaking_in_rows(*arguments, pair_rows=None, **kwargs):
         plain = tree_attention.pair_rows_attention
@@ -112,9 +100,9 @@ def test_the_check_before_the_first_step_sees_a_leak(monkeypatch, backend, dtype
 
 def test_a_gradient_that_forgets_a_prompts_copies_fails_the_same_check(only_float64, monkeypatch):
     def first_only(ctx, gradient):
-        return gradient.index_select(0, ctx.rows.cells[0]), None
+        return gradient.index_select(0, ctx.copies.cells[0]), None
 
-    monkeypatch.setattr(tree_attention._ToRows, "backward", staticmethod(first_only))
+    monkeypatch.setattr(tree_attention._ToCells, "backward", staticmethod(first_only))
     loss, relative = differences(build("llama"), Unfold(), TREES)
     assert loss < 1e-10
     assert max(relative.values()) > 1e-2
@@ -141,17 +129,19 @@ def test_responses_do_not_see_each_other(only_float64, name):
     assert abs(after[1] - before[1]) > 1e-2
 
 
+@pytest.mark.parametrize("backend", [Unfold, Segments])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("ks", [(1,), (3,), (1, 1, 2), (2, 2, 2, 2)])
-def test_shapes_of_batches(only_float64, ks, seed):
-    loss, relative = differences(build("llama"), Unfold(), trees_of(*ks, seed=seed), chunk_size=3)
+def test_shapes_of_batches(only_float64, ks, seed, backend):
+    loss, relative = differences(build("llama"), backend(), trees_of(*ks, seed=seed), chunk_size=3)
     assert max(loss, *relative.values()) < 1e-10
 
 
-def test_shortest_prompt_and_responses(only_float64):
+@pytest.mark.parametrize("backend", [Unfold, Segments])
+def test_shortest_prompt_and_responses(only_float64, backend):
     trees = [PairTree([5], [[7], [9, 4, 3, 8], [6]], ((0, 1),)), PairTree([5], [[7]])]
     model = build("llama")
-    got = response_log_probs(model, batch_of(trees), Unfold().prepare(model))
+    got = response_log_probs(model, batch_of(trees), backend().prepare(model))
     torch.testing.assert_close(got, naive_log_probs(build("llama"), trees, "sum"), atol=1e-10, rtol=1e-10)
 
 
@@ -201,7 +191,7 @@ def test_float32_is_as_exact_as_the_naive_computation(name):
     assert 0 < errors[0][1] <= 2 * errors[1][1]
 
 
-@pytest.mark.parametrize("backend", [Unfold(), Auto()], ids=repr)
+@pytest.mark.parametrize("backend", [Unfold(), Segments(), Varlen(), Auto()], ids=repr)
 def test_a_batch_without_responses_stays_in_the_graph(backend):
     model = build("llama")
     got = response_log_probs(model, batch_of([]), backend.prepare(model))
