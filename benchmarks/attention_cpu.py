@@ -73,13 +73,13 @@ def step(model: LlamaForCausalLM, backend: AttentionBackend, batch: PairBatch, d
     ((values[chosen] - values[rejected] - 0.5) ** 2).mean().backward()
 
 
-def measure(shape: str, dtype: torch.dtype, rounds: int, layers: int) -> dict:
-    """Times of every backend on one batch."""
+def measure(shape: str, dtype: torch.dtype, rounds: int, layers: int, names: list[str]) -> dict:
+    """Times of the named backends on one batch."""
     batch = batch_of(shape)
     config = LlamaConfig(**{**MODEL, "num_hidden_layers": layers})
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).train()
-    backends = {name: kind().prepare(model) for name, kind in BACKENDS.items()}
+    backends = {name: BACKENDS[name]().prepare(model) for name in names}
     times: dict[str, dict[str, list[float]]] = {name: {"wall_s": [], "cpu_s": []} for name in backends}
     for number in range(rounds + 1):
         for name in random.Random(number).sample(list(backends), len(backends)):
@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=list(BACKENDS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=MODEL["num_hidden_layers"])
     parser.add_argument("--threads", type=int, default=2)
@@ -131,7 +132,7 @@ def main() -> None:
     for dtype in arguments.dtypes:
         for shape in arguments.shapes:
             load = os.getloadavg()[0]
-            run = measure(shape, getattr(torch, dtype), arguments.rounds, arguments.layers)
+            run = measure(shape, getattr(torch, dtype), arguments.rounds, arguments.layers, arguments.backends)
             run["load_before_and_after"] = [round(load, 1), round(os.getloadavg()[0], 1)]
             result["runs"].append(run)
             for name, values in run["backends"].items():

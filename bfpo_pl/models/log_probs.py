@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from bfpo_pl.batch import Annotations, PairBatch
 from bfpo_pl.component import check_range
 from bfpo_pl.models.attention import AttentionBackend, Padded
+from bfpo_pl.models.cudnn import turn_off_cudnn_attention
 from bfpo_pl.models.head import head_logits, token_log_probs
 
 
@@ -68,6 +69,7 @@ def bind_log_probs(
     functions of those names. The attention backend prepares the network.
     """
     check_range(model, "chunk_size", chunk_size, 1)
+    turn_off_cudnn_attention()
     attention = attention.prepare(model)
 
     def log_probs(self: PreTrainedModel, batch: PairBatch, reduction: Literal["sum", "mean"] = reduction) -> Tensor:

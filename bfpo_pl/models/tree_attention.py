@@ -271,6 +271,10 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 _LAYERS = {"full_attention", "sliding_attention"}
 
 
+_CAPACITIES = ("expert_capacity", "capacity_factor", "moe_capacity_factor", "expert_capacity_factor")
+_NOISES = ("router_jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+
+
 def tree_obstacle(model: PreTrainedModel) -> str | None:
     """Why a network cannot attend in rows of its own responses; None if it can."""
     config = model.config.get_text_config()
@@ -282,6 +286,10 @@ def tree_obstacle(model: PreTrainedModel) -> str | None:
         return f"it has layers of the type {', '.join(others)}"
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
         return "it reads distances off the order of the tokens (ALiBi)"
+    if any(getattr(config, name, None) for name in _CAPACITIES):
+        return "its experts drop tokens over their capacity, so what becomes of one depends on the other trees"
+    if any(getattr(config, name, None) for name in _NOISES):
+        return "its experts add noise while training, which the responses of a prompt would share"
     if not model._supports_attention_backend:
         return "its attention does not go through transformers' attention interface"
     if not model._supports_sdpa and getattr(config, "attn_logit_softcapping", None) is None:

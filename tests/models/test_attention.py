@@ -17,6 +17,7 @@ from transformers import (
     MambaConfig,
     MixtralConfig,
     MptConfig,
+    PhimoeConfig,
     Qwen3NextConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -170,20 +171,21 @@ def test_activation_checkpointing_recomputes_the_same(only_float64, name):
     assert max(plain[0], *plain[1].values()) < 1e-10
 
 
+@pytest.mark.parametrize("backend", [Unfold, Segments])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
-def test_float32_is_as_exact_as_the_naive_computation(name):
+def test_float32_is_as_exact_as_the_naive_computation(name, backend):
     trees = trees_of(2, 1, 3, 2)
     exact = build(name)
     right = naive_log_probs(exact, trees, "sum")
     direction = torch.linspace(-1.0, 1.5, len(right), dtype=right.dtype)
     right_gradients = gradients(exact, (direction * right).sum())
     errors = []
-    for backend in (Unfold(), None):
+    for tested in (backend(), None):
         model = build(name, torch.float32)
-        if backend is None:
+        if tested is None:
             values = naive_log_probs(model, trees, "sum")
         else:
-            values = response_log_probs(model, batch_of(trees), backend.prepare(model))
+            values = response_log_probs(model, batch_of(trees), tested.prepare(model))
         found = gradients(model, (direction.float() * values).sum())
         squares = sum(((found[n] - g).norm() ** 2).item() for n, g in right_gradients.items())
         errors.append(((values - right).norm().item(), squares**0.5))
@@ -239,12 +241,15 @@ NOT_TREES = {
         "recurrent state",
     ),
     "qwen3-next": (Qwen3NextConfig(**SMALL, head_dim=8, num_experts=2, moe_intermediate_size=16), "recurrent state"),
+    "capacity": (LlamaConfig(**SMALL, expert_capacity=64), "over their capacity"),
+    "mixtral-noise": (MixtralConfig(**SMALL, num_local_experts=2, router_jitter_noise=0.1), "noise while training"),
+    "phimoe": (PhimoeConfig(**SMALL, num_local_experts=2), "noise while training"),
     "gpt-oss": (GptOssConfig(**SMALL, head_dim=8, num_local_experts=2), "more than scaled dot products"),
 }
 
 
 @pytest.mark.parametrize("name", NOT_TREES)
-@pytest.mark.parametrize("backend", [Unfold, Auto])
+@pytest.mark.parametrize("backend", [Unfold, Segments, Varlen, Auto])
 def test_other_networks_are_padded_and_the_log_says_why(monkeypatch, name, backend):
     config, reason = NOT_TREES[name]
     said = []
@@ -290,22 +295,3 @@ def test_layers_that_do_not_attend_in_rows_stop_the_run():
     layer.config._attn_implementation = "sdpa"
     with pytest.raises(RunError, match=r"Only 1 of 2 layers .* Set model.attention to Padded"):
         response_log_probs(model, batch_of(trees_of(2, 2)), backend)
-
-
-def test_auto_unfolds_where_enough_is_saved(monkeypatch):
-    used = []
-    for backend in (Padded, Unfold):
-        plain = backend.predicting_states
-
-        def noted(self, *arguments, plain=plain):
-            used.append(type(self).__name__)
-            return plain(self, *arguments)
-
-        monkeypatch.setattr(backend, "predicting_states", noted)
-    model = LlamaForCausalLM(LlamaConfig(**SMALL))
-    bind_log_probs(model, Auto())
-    with torch.no_grad():
-        model.response_log_probs(batch_of([PairTree([3] * 9, [[4] * 9, [5] * 9])]))  # 27 of 36 tokens
-        model.response_log_probs(batch_of([PairTree([3], [[4] * 9, [5] * 9])]))  # 19 of 20
-        model.response_log_probs(batch_of([PairTree([3], [[4] * 9, [5]])]))  # 11 of 20, by padding
-    assert used == ["Unfold", "Padded", "Unfold"]

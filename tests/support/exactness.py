@@ -19,7 +19,10 @@ def differences(model, backend, trees, chunk_size=4096):
     ours = (direction * response_log_probs(model, batch_of(trees), backend, "sum", chunk_size)).sum()
     found = gradients(model, ours)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert all(right[name].norm() > 1e-6 for name in trained)
+    for name in [name for name in trained if right[name].norm() < 1e-6]:
+        assert name.endswith("k_proj.bias")  # adds the same to all scores of a query, where no rotation follows
+        assert found[name].norm() < 1e-6
+        trained.remove(name)
     relative = {name: ((found[name] - right[name]).norm() / right[name].norm()).item() for name in trained}
     return (ours - loss).abs().item() / loss.abs().item(), relative
 
