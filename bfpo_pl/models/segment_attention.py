@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
-from transformers.integrations.sdpa_attention import repeat_kv
 
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.models.tree_attention import Copies, Scores, TreeLayout, TreeRows, in_compute_dtype, soft_capped
@@ -35,8 +34,6 @@ class SegmentLoop(TreeLayout):
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         query, key, value = in_compute_dtype(query, key, value)
-        groups = query.shape[1] // key.shape[1]
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         outputs: list[Tensor] = []
         first_key, first_value = key, value
         slices = zip(*(states.split(self.queries, dim=2) for states in (query, key, value)), strict=True)
@@ -64,6 +61,7 @@ class SegmentLoop(TreeLayout):
             dropout_p=scores.dropout,
             is_causal=causal,
             scale=scores.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
 
     def mask(self, queries: int, keys: int, window: int) -> Tensor:

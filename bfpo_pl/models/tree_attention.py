@@ -272,6 +272,7 @@ _LAYERS = {"full_attention", "sliding_attention"}
 
 
 _CAPACITIES = ("expert_capacity", "capacity_factor", "moe_capacity_factor", "expert_capacity_factor")
+_OWN_ATTENTION = ("doge", "nemotron")  # dynamic masks; classes of its own
 _NOISES = ("router_jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 
 
@@ -290,7 +291,7 @@ def tree_obstacle(model: PreTrainedModel) -> str | None:
         return "its experts drop tokens over their capacity, so what becomes of one depends on the other trees"
     if any(getattr(config, name, None) for name in _NOISES):
         return "its experts add noise while training, which the responses of a prompt would share"
-    if not model._supports_attention_backend:
+    if not model._supports_attention_backend or config.model_type in _OWN_ATTENTION:
         return "its attention does not go through transformers' attention interface"
     if not model._supports_sdpa and getattr(config, "attn_logit_softcapping", None) is None:
         return "its attention is more than scaled dot products"

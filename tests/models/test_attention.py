@@ -9,6 +9,7 @@ from networks import CONFIGS, SIZES, batch_of, build, gradients, naive_log_probs
 from transformers import (
     AttentionInterface,
     BloomConfig,
+    DogeConfig,
     FalconConfig,
     GptOssConfig,
     JambaConfig,
@@ -17,6 +18,7 @@ from transformers import (
     MambaConfig,
     MixtralConfig,
     MptConfig,
+    NemotronConfig,
     PhimoeConfig,
     Qwen3NextConfig,
 )
@@ -241,6 +243,8 @@ NOT_TREES = {
         "recurrent state",
     ),
     "qwen3-next": (Qwen3NextConfig(**SMALL, head_dim=8, num_experts=2, moe_intermediate_size=16), "recurrent state"),
+    "nemotron": (NemotronConfig(**SMALL), "interface"),
+    "doge": (DogeConfig(**SMALL), "interface"),
     "capacity": (LlamaConfig(**SMALL, expert_capacity=64), "over their capacity"),
     "mixtral-noise": (MixtralConfig(**SMALL, num_local_experts=2, router_jitter_noise=0.1), "noise while training"),
     "phimoe": (PhimoeConfig(**SMALL, num_local_experts=2), "noise while training"),
