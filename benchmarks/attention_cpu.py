@@ -76,7 +76,7 @@ def step(model: LlamaForCausalLM, backend: AttentionBackend, batch: PairBatch, d
 def measure(shape: str, dtype: torch.dtype, rounds: int, layers: int, names: list[str]) -> dict:
     """Times of the named backends on one batch."""
     batch = batch_of(shape)
-    config = LlamaConfig(**{**MODEL, "num_hidden_layers": layers})
+    config = LlamaConfig(**{**MODEL, "num_hidden_layers": layers})  # type: ignore[arg-type]
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).train()
     backends = {name: BACKENDS[name]().prepare(model) for name in names}
