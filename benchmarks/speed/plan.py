@@ -1,0 +1,107 @@
+"""What is measured: sections, each one task in a fresh process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from speed import machine
+from speed.variants import MAIN, NAIVE, NAIVE_CACHED, OURS, OURS_LIVE, PEER, PEER_LIVE
+
+MEMORY = [OURS, OURS_LIVE, PEER, PEER_LIVE, NAIVE, "ours, all logits at once", "ours, Padded"]
+MEMORY += ["ours, frozen head", "ours, down_proj alone, shared reference", "ours, down_proj alone, live reference"]
+GROWTH = [OURS, PEER, NAIVE_CACHED]
+SHARED = "ours, down_proj alone, shared reference"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One measurement.
+
+    Args:
+        key: Its place in the results, components joined by ``/``.
+        task: Name of a function ``task_…`` of `speed.measure`.
+        options: What the task is given.
+        environment: Variables of its process.
+    """
+
+    key: str
+    task: str
+    options: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def _timed(key: str, task: str, **options: Any) -> Section:
+    return Section(key, task, options, machine.HEAP_KEPT)
+
+
+def _weighed(key: str, **options: Any) -> Section:
+    return Section(key, "memory", options, machine.HEAP_RETURNED)
+
+
+def on_cpu(precision: str, names: list[str], data: str | None) -> list[Section]:
+    """Everything, at the size of the bars: hidden 512, 6 layers, vocabulary 32,000."""
+    base: dict[str, Any] = {"shape": "small", "precision": precision, "device": "cpu", "data": data}
+    pku, feedback = {**base, "lengths": "pku_like", "pairs": 4}, {**base, "lengths": "ultrafeedback_like", "pairs": 2}
+    some = [name for name in MAIN if name in names]
+    plan = [
+        _timed("gemm", "gemm", **base, tokens=1024, response_tokens=768, repeats=10),
+        _timed("compare/pku_like", "compare", **pku, batches=2, rounds=3),
+        _timed("compare/ultrafeedback_like", "compare", **feedback, batches=2, rounds=3),
+        _timed("compare/pku_real", "compare", **{**pku, "lengths": "pku_real"}, variants=some, batches=2, rounds=3),
+        _timed("compare/hh_real", "compare", **{**pku, "lengths": "hh_real"}, variants=some, batches=2, rounds=3),
+    ]
+    for name in MEMORY:
+        if name in names:
+            plan.append(_weighed(f"memory/{name}", **feedback, variants=[name], batches=1))
+    plan.append(_timed("fit", "fit", **{**pku, "pairs": 6}, variants=[OURS], batches=30, rounds=2))
+    plan.append(_timed("profile", "profile", **pku, variants=[OURS], batches=1))
+    return plan + _growth({**base, "batches": 1, "lengths": "pku_like", "pairs": 2}, names)
+
+
+def _growth(base: dict[str, Any], names: list[str]) -> list[Section]:
+    base = {**base, "variants": [name for name in GROWTH if name in names]}
+    points: dict[str, dict[str, dict[str, Any]]] = {
+        "pairs": {str(pairs): {"pairs": pairs} for pairs in (1, 2, 4, 8)},
+        "length": {str(factor): {"factor": factor} for factor in (0.5, 1, 2, 4)},
+        "vocabulary": {str(size): {"changes": {"vocabulary": size}} for size in (8000, 32000, 96000)},
+        "prompt share": {
+            f"{prompt / (prompt + response):.2f}": {"lengths": [[prompt, prompt], [response, response]]}
+            for prompt, response in ((40, 230), (150, 175), (400, 50))
+        },
+        "hidden": {
+            "256": {"changes": {"hidden": 256, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate": 704}},
+            "512": {},
+            "768": {"changes": {"hidden": 768, "layers": 8, "heads": 12, "kv_heads": 6, "intermediate": 2112}},
+        },
+    }
+    plan = []
+    for axis, options in points.items():
+        for point, changes in options.items():
+            plan.append(_timed(f"growth/{axis}/{point}/time", "compare", **{**base, **changes}, rounds=2))
+            plan.append(_weighed(f"growth/{axis}/{point}/memory", **{**base, **changes}))
+    return plan
+
+
+def quick(precision: str, names: list[str], shape: str) -> list[Section]:
+    """A look at everything in at most 90 seconds: a smaller model, one round, and only the main variants."""
+    base: dict[str, Any] = {"shape": shape, "precision": precision, "device": "cpu", "lengths": "pku_like", "pairs": 2}
+    some = [name for name in MAIN if name in names]
+    return [
+        _timed("gemm", "gemm", **base, tokens=256, response_tokens=256, repeats=3),
+        _timed("compare/pku_like", "compare", **base, variants=some, batches=1, rounds=1),
+        *[_weighed(f"memory/{name}", **base, variants=[name], batches=1) for name in (OURS, PEER) if name in names],
+        _timed("fit", "fit", **base, variants=[OURS], batches=6, rounds=1),
+    ]
+
+
+def on_cuda(shape: str, names: list[str]) -> list[Section]:
+    """The main variants at a large shape, each in a process of its own, since two such models may not fit."""
+    base: dict[str, Any] = {"shape": shape, "precision": "bf16-true", "device": "cuda", "checkpointing": True}
+    base |= {"lengths": "ultrafeedback_like", "pairs": 8, "batches": 2, "rounds": 3}
+    plan = [Section("gemm", "gemm", {**base, "tokens": 8192, "response_tokens": 4096, "repeats": 20})]
+    for attempt in range(2 if shape == "1b" else 1):
+        for name in [OURS, PEER, NAIVE_CACHED, OURS_LIVE, PEER_LIVE, NAIVE, SHARED]:
+            if name in names:
+                plan.append(Section(f"compare/{name}/{attempt}", "compare", {**base, "variants": [name]}))
+    return plan

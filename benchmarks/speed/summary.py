@@ -1,0 +1,90 @@
+"""The figures that matter, out of all that were measured."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from speed.variants import NAIVE, OURS, OURS_LIVE, PEER, PEER_LIVE
+
+RATIOS = {
+    "cached reference, against TRL": (PEER, OURS),
+    "live reference, against TRL": (PEER_LIVE, OURS_LIVE),
+    "cached reference, against TRL with a live one": (PEER_LIVE, OURS),
+    "live reference, against the naive step": (NAIVE, OURS_LIVE),
+}
+"""What is divided by what; above 1, the second is faster or smaller."""
+
+
+def of(results: dict[str, Any]) -> dict[str, Any]:
+    """Speed and memory against the peers, the share of the machine's peak, and the fit."""
+    sections = {key: found for key, found in results["sections"].items() if "error" not in found}
+    compared = _compared(sections)
+    memory = {
+        key.partition("/")[2]: next(iter(found["variants"].values()))
+        for key, found in sections.items()
+        if key.startswith("memory/") and found["variants"]
+    }
+    summary: dict[str, Any] = {
+        "speed": {lengths: _ratios(found["variants"]) for lengths, found in compared.items()},
+        "memory_above_state": _memory_ratios(memory),
+        "failed": {key: found["error"] for key, found in results["sections"].items() if "error" in found},
+    }
+    if "gemm" in sections:
+        peak = sections["gemm"]["gflops"]["peak"]
+        summary["gemm_peak_gflops"] = peak
+        summary["share_of_peak"] = {
+            lengths: _shares(found["variants"], found["work"], peak) for lengths, found in compared.items()
+        }
+    if "fit" in sections:
+        summary["fit"] = {name: value for name, value in sections["fit"].items() if isinstance(value, float)}
+    return summary
+
+
+def _compared(sections: dict[str, Any]) -> dict[str, Any]:
+    """Comparisons by their lengths; those of a GPU, a process for each variant, put together."""
+    found: dict[str, Any] = {}
+    for key, section in sections.items():
+        kind, _, rest = key.partition("/")
+        if kind != "compare":
+            continue
+        if "/" not in rest:
+            found[rest] = section
+            continue
+        together = found.setdefault("ultrafeedback_like", {"variants": {}, "work": section["work"]})
+        for variant, measured in section["variants"].items():
+            known = together["variants"].get(variant)
+            fastest = {k: min(measured[k], known[k]) if known else measured[k] for k in ("median", "minimum")}
+            together["variants"][variant] = {**measured, **fastest, "peak_mb": section["peak_mb"]}
+    return found
+
+
+def _ratios(variants: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {kind: variants[slow][kind] / variants[fast][kind] for kind in ("minimum", "median")}
+        for name, (slow, fast) in RATIOS.items()
+        if slow in variants and fast in variants
+    }
+
+
+def _memory_ratios(memory: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: memory[large]["above_state_mb"] / memory[small]["above_state_mb"]
+        for name, (large, small) in RATIOS.items()
+        if large in memory and small in memory
+    }
+
+
+def _shares(variants: dict[str, Any], work: list[dict[str, float]], peak: float) -> dict[str, float]:
+    """Useful work in the time that a step takes, as a share of the peak; of steps that train everything, cached."""
+    useful = sum(batch["useful_gflop"] for batch in work) / len(work)
+    return {
+        name: useful / found["minimum"] / peak
+        for name, found in variants.items()
+        if "down_proj" not in name and "frozen" not in name and "live" not in name
+    }
+
+
+def spread(found: dict[str, Any]) -> float:
+    """Median over minimum of a variant's times: 1 on a quiet machine."""
+    return median([median(times) / min(times) for times in found["seconds"]])
