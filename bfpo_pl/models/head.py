@@ -1,7 +1,8 @@
 """The output head: from hidden states to the log-probs of target tokens, without a ``[tokens, vocabulary]`` tensor.
 
-Tokens meet the vocabulary a chunk at a time, and the backward pass computes a chunk's logits again. A frozen head gets
-no second pass: what its states' gradient needs is formed beside the log-probs, in the forward pass.
+Tokens meet the vocabulary a chunk at a time, and the backward pass computes a chunk's logits again; but for the last
+chunk, whose gradient by the logits the forward pass leaves behind: a batch of one chunk meets the vocabulary once. A
+frozen head gets no second pass at all: what its states' gradient needs is formed beside the log-probs.
 """
 
 from __future__ import annotations
@@ -47,12 +48,6 @@ class LogitTransform:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-    def apply_(self, logits: Tensor) -> Tensor:
-        """The same, in place."""
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
-
     def slope(self, transformed: Tensor) -> Tensor | float:
         """Derivative of the transformed logits by those of the head, from the transformed ones."""
         if self.cap is None:
@@ -87,10 +82,16 @@ def token_log_probs(model: PreTrainedModel, states: Tensor, targets: Tensor, chu
     weight, bias = _cast(head.weight, dtype), _cast(head.bias, dtype)
     values = []
     with torch.autocast(states.device.type, enabled=False):
-        for chunk, chunk_targets in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
-            logits = _logits(_cast(chunk, dtype), weight, bias, transform)
-            values.append(_chosen(logits, chunk_targets)[0])
+        for rows in _chunks(len(states), chunk_size):
+            logits = functional.linear(_cast(states[rows], dtype), weight, bias)
+            values.append(_scored(logits, targets[rows], transform, differentiate=False))
     return torch.cat(values)
+
+
+def _chunks(rows: int, chunk_size: int) -> list[slice]:
+    """Chunks of rows; the first has what is left over, so that the last, which is kept, is a whole one."""
+    ends = range(rows, 0, -chunk_size)
+    return [slice(max(0, end - chunk_size), end) for end in reversed(ends)] or [slice(0, 0)]
 
 
 def _is_plain(head: nn.Module) -> bool:
@@ -126,36 +127,36 @@ def _cast(tensor: Any, dtype: torch.dtype) -> Any:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    """Transformed logits ``[n, V]`` of a chunk, in float32 at least."""
-    logits = functional.linear(states, weight, bias)
-    return transform.apply_(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-
-
-def _chosen(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs ``[n]`` of the targets and the normalisers ``[n]``."""
-    normalisers = logits.logsumexp(dim=1)
-    return logits.gather(1, targets[:, None])[:, 0] - normalisers, normalisers
-
-
-def _logit_gradient(
-    logits: Tensor, normalisers: Tensor, targets: Tensor, factors: Tensor | None, transform: LogitTransform
-) -> Tensor:
-    """Gradient ``[n, V]`` of ``Σ factor · log-prob`` by the head's own logits. Overwrites ``logits``.
+def _scored(logits: Tensor, targets: Tensor, transform: LogitTransform, differentiate: bool) -> Tensor:
+    """Log-probs ``[n]`` of targets, in float32 at least.
 
     Args:
-        logits: Transformed logits ``[n, V]``.
-        normalisers: ``[n]``.
+        logits: The head's own logits ``[n, V]``.
         targets: ``[n]`` int64.
-        factors: ``[n]``; all 1 by default.
-        transform: What made the transformed logits.
+        transform: What the model does to them.
+        differentiate: Overwrites ``logits`` with the gradient of minus the log-probs by them.
     """
-    slope = transform.slope(logits)
-    gradient = logits.sub_(normalisers[:, None]).exp_().neg_()
-    gradient.scatter_add_(1, targets[:, None], torch.ones_like(normalisers)[:, None])
-    if factors is not None:
-        gradient.mul_(factors[:, None])
-    return gradient if isinstance(slope, float) and slope == 1.0 else gradient.mul_(slope)
+    values = []
+    # Few rows at a time: what is in float32 besides the logits stays small, and on a CPU in its cache.
+    rows = max(1, _BLOCK[logits.device.type == "cpu"] // logits.shape[1])
+    for block, chosen in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
+        wide = block.to(torch.promote_types(block.dtype, torch.float32))
+        wide = transform(wide)
+        probabilities = wide.softmax(dim=1)
+        # The likeliest token's probability is 1 over the sum of exponentials.
+        normalisers = wide.amax(dim=1, keepdim=True) - probabilities.amax(dim=1, keepdim=True).log()
+        values.append((wide.gather(1, chosen) - normalisers)[:, 0])
+        if differentiate:
+            probabilities.scatter_add_(1, chosen, -torch.ones_like(normalisers))
+            slope = transform.slope(wide)
+            if not isinstance(slope, float) or slope != 1.0:
+                probabilities.mul_(slope)
+            block.copy_(probabilities)
+    return torch.cat(values)
+
+
+_BLOCK = {True: 2**20, False: 2**26}
+"""Logits whose probabilities are computed at once, on a CPU and elsewhere."""
 
 
 class _HeadLogProbs(torch.autograd.Function):
@@ -175,25 +176,23 @@ class _HeadLogProbs(torch.autograd.Function):
         by_states, by_weight, by_bias = ctx.needs_input_grad[:3]
         direct = by_states and not by_weight and not by_bias
         cast_weight, cast_bias = _cast(weight, dtype), _cast(bias, dtype)
-        values, normalisers = [], []
+        values = []
         direction = torch.empty_like(states, dtype=dtype) if direct else None
         with torch.autocast(states.device.type, enabled=False):
-            for start in range(0, len(states), chunk_size):
-                chosen = targets[start : start + chunk_size]
-                logits = _logits(_cast(states[start : start + chunk_size], dtype), cast_weight, cast_bias, transform)
-                value, normaliser = _chosen(logits, chosen)
-                values.append(value)
-                normalisers.append(normaliser)
+            for rows in _chunks(len(states), chunk_size):
+                logits = None  # the chunk's before goes first
+                logits = functional.linear(_cast(states[rows], dtype), cast_weight, cast_bias)
+                values.append(_scored(logits, targets[rows], transform, direct or rows.stop == len(states)))
                 if direction is not None:
-                    gradient = _logit_gradient(logits, normaliser, chosen, None, transform)
-                    torch.mm(gradient.to(dtype), cast_weight, out=direction[start : start + chunk_size])
-                del logits  # before the next chunk's come
+                    torch.mm(logits, cast_weight, out=direction[rows])
         ctx.transform, ctx.chunk_size, ctx.dtype = transform, chunk_size, dtype
         ctx.states_dtype = states.dtype
         if direction is not None:
             ctx.save_for_backward(direction)
         else:
-            ctx.save_for_backward(states, weight, bias, targets, torch.cat(normalisers))
+            ctx.save_for_backward(states, weight, bias, targets)
+            # The backward pass, which comes next, starts with this chunk and needs as much room for it in any case.
+            ctx.last = logits
         return torch.cat(values)
 
     @staticmethod
@@ -203,41 +202,51 @@ class _HeadLogProbs(torch.autograd.Function):
         with torch.autocast(factors.device.type, enabled=False):
             if len(ctx.saved_tensors) == 1:
                 (direction,) = ctx.saved_tensors
-                by_states = (direction * factors[:, None]).to(ctx.states_dtype)
+                by_states = (direction * -factors[:, None]).to(ctx.states_dtype)
                 return by_states, None, None, None, None, None
-            gradients = _recomputed_gradients(ctx, factors)
+            gradients = _gradients(ctx, -factors)
         return *gradients, None, None, None
 
 
-def _recomputed_gradients(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by states, weight and bias, from logits that are computed again, chunk by chunk."""
-    states, weight, bias, targets, normalisers = ctx.saved_tensors
+def _gradients(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by states, weight and bias, chunk by chunk; all but the last chunk's logits are computed again.
+
+    Args:
+        ctx: The context of the forward pass.
+        factors: ``[N]``, gradient by minus the log-probs.
+    """
+    states, weight, bias, targets = ctx.saved_tensors
     needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     cast_weight, cast_bias = _cast(weight, ctx.dtype), _cast(bias, ctx.dtype)
     by_states = torch.empty_like(states) if needs_states else None
     by_weight: Tensor | None = None
     by_bias: Tensor | None = None
-    for start in range(0, len(states), ctx.chunk_size):
-        rows = slice(start, start + ctx.chunk_size)
-        chunk = _cast(states[rows], ctx.dtype)
-        logits = _logits(chunk, cast_weight, cast_bias, ctx.transform)
-        gradient = _logit_gradient(logits, normalisers[rows], targets[rows], factors[rows], ctx.transform)
-        if needs_bias:
-            summed = gradient.sum(dim=0)
-            by_bias = summed if by_bias is None else by_bias.add_(summed)
-        gradient = gradient.to(ctx.dtype)
-        del logits
+    chunks = _chunks(len(states), ctx.chunk_size)
+    for rows in reversed(chunks):
+        chunk, factor = _cast(states[rows], ctx.dtype), factors[rows, None]
+        gradient, ctx.last = ctx.last, None
+        if gradient is None:
+            gradient = functional.linear(chunk, cast_weight, cast_bias)
+            _scored(gradient, targets[rows], ctx.transform, differentiate=True)
+        # The factors scale states and their gradient, which are smaller than the logits'.
         if by_states is not None:
-            by_states[rows] = gradient @ cast_weight
+            by_states[rows] = (gradient @ cast_weight) * factor
+        scaled = (chunk * factor).to(ctx.dtype)
+        if needs_bias:
+            summed = (factor.to(ctx.dtype).T @ gradient)[0].to(torch.promote_types(ctx.dtype, torch.float32))
+            by_bias = summed if by_bias is None else by_bias.add_(summed)
         if needs_weight:
-            product = gradient.T @ chunk
-            if by_weight is None:
-                # Several chunks add up in float32 at least, whatever the type of each one's product.
-                several = len(states) > ctx.chunk_size
-                by_weight = product.to(torch.promote_types(product.dtype, torch.float32)) if several else product
-            else:
-                by_weight.add_(product)
+            by_weight = _added_product(by_weight, gradient.T, scaled, len(chunks) > 1)
+        del gradient
     return by_states, _like(by_weight, weight), _like(by_bias, bias)
+
+
+def _added_product(total: Tensor | None, left: Tensor, right: Tensor, several: bool) -> Tensor:
+    """``total + left @ right``, in place; several add up in float32 at least, whatever the type of each product."""
+    if total is not None:
+        return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)
+    product = left @ right
+    return product.to(torch.promote_types(product.dtype, torch.float32)) if several else product
 
 
 def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:

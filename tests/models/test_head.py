@@ -147,7 +147,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         output = function(*arguments, **(options or {}))
-        if function.overloadpacket.__name__ in ("mm", "addmm") and any(
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_") and any(
             VOCABULARY in a.shape for a in (*arguments, output) if isinstance(a, torch.Tensor)
         ):
             self.count += 1
@@ -162,9 +162,20 @@ def test_a_frozen_head_meets_no_second_pass_and_no_tensor_is_larger_than_a_chunk
     states, targets, factors = inputs(tokens=1000)
     with Products() as seen:
         (token_log_probs(model, states, targets, 50) * factors).sum().backward()
-    assert seen.count == products * 20
+    # The last chunk's logits are kept for the backward pass.
+    assert seen.count == products * 20 - (not frozen)
     assert seen.largest == 50 * VOCABULARY
     assert states.grad.norm() > 0
+
+
+def test_gradients_can_be_taken_twice():
+    model = network("cap", bias=True)
+    states, targets, factors = inputs()
+    loss = (token_log_probs(model, states, targets, 7) * factors).sum()
+    wanted = [states, model.lm_head.weight, model.lm_head.bias]
+    first = torch.autograd.grad(loss, wanted, retain_graph=True)
+    for mine, again in zip(first, torch.autograd.grad(loss, wanted), strict=True):
+        torch.testing.assert_close(again, mine, atol=1e-12, rtol=1e-12)
 
 
 class Watched(nn.Linear):
@@ -216,7 +227,6 @@ def test_transform_and_its_slope(scale, cap):
     value = transform(raw)
     (slope,) = torch.autograd.grad(value.sum(), raw)
     torch.testing.assert_close(torch.as_tensor(transform.slope(value.detach()), dtype=slope.dtype).expand(25), slope)
-    assert torch.equal(transform.apply_(raw.detach().clone()), value.detach())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
