@@ -31,7 +31,7 @@ def quiet() -> None:
 def setting_of(options: Options) -> Setting:
     """The setting that a task's options describe; ``changes`` replaces sizes of the shape."""
     shape = Shape(**{**vars(SHAPES[options["shape"]]), **options.get("changes", {})})
-    return Setting(shape, options["precision"], options["device"], options.get("checkpointing", False))
+    return Setting(shape, options["precision"], options["device"], options.get("checkpointing", "none"))
 
 
 def batches_of(options: Options) -> list[list[PairTree]]:
@@ -132,7 +132,12 @@ def task_memory(options: Options) -> dict[str, Any]:
         gradients = _gradients_mb(step)
         above = [machine.peak_above_rest_mb(lambda step=step, b=batch: step(b), setting.device) for batch in prepared]
         # At rest gradients are freed; they belong to the state that a step needs whatever it does.
-        found[name] = {"above_state_mb": max(above) - gradients, "resident_mb": machine.resident_mb(setting.device)}
+        found[name] = {
+            "above_state_mb": max(above) - gradients,
+            "above_rest_mb": max(above),
+            "gradients_mb": gradients,
+            "resident_mb": machine.resident_mb(setting.device),
+        }
     return {"variants": found, "skipped": skipped, "work": [work_of(trees, setting.shape) for trees in batches]}
 
 

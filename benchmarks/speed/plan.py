@@ -97,7 +97,7 @@ def quick(precision: str, names: list[str], shape: str) -> list[Section]:
 
 def on_cuda(shape: str, names: list[str]) -> list[Section]:
     """The main variants at a large shape, each in a process of its own, since two such models may not fit."""
-    base: dict[str, Any] = {"shape": shape, "precision": "bf16-true", "device": "cuda", "checkpointing": True}
+    base: dict[str, Any] = {"shape": shape, "precision": "bf16-true", "device": "cuda", "checkpointing": "selective"}
     base |= {"lengths": "ultrafeedback_like", "pairs": 8, "batches": 2, "rounds": 3}
     plan = [Section("gemm", "gemm", {**base, "tokens": 8192, "response_tokens": 4096, "repeats": 20})]
     for attempt in range(2 if shape == "1b" else 1):

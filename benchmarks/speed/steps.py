@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +16,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
+from bfpo_pl import models
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.data.trees import PairTree
 from bfpo_pl.labeling import HelpfulnessOnly
 from bfpo_pl.losses import Squared
-from bfpo_pl.models import attention, head, log_probs
+from bfpo_pl.models import head, log_probs
+from bfpo_pl.models.attention import AttentionBackend
 from bfpo_pl.models.reference import FromColumn, FrozenCopy, Reference, SharedWeights
 from bfpo_pl.models.trainable import Everything, Select
 from bfpo_pl.module import PreferenceModule
@@ -44,13 +49,13 @@ class Setting:
         shape: The model's size.
         precision: ``float32``; ``bf16-mixed`` (float32 weights, autocast); ``bf16-true`` (bfloat16 weights).
         device: ``cpu`` or ``cuda``.
-        checkpointing: Whether activations are recomputed.
+        checkpointing: Activation checkpointing: ``none``, or what `PreferenceModule` takes. Peers have theirs, or none.
     """
 
     shape: Shape
     precision: str = "float32"
     device: str = "cpu"
-    checkpointing: bool = False
+    checkpointing: str = "none"
 
     @property
     def model(self) -> RandomModel:
@@ -61,6 +66,19 @@ class Setting:
         """The context of forward passes."""
         mixed = self.precision == "bf16-mixed"
         return torch.autocast(self.device, torch.bfloat16) if mixed else contextlib.nullcontext()
+
+
+def attention_classes() -> dict[str, type[AttentionBackend]]:
+    """Every attention class of the project that can be constructed, by name."""
+    for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
+        importlib.import_module(module.name)
+    found, waiting = {}, [AttentionBackend]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        if not inspect.isabstract(kind) and kind.__module__.startswith(models.__name__):
+            found[kind.__name__] = kind
+    return dict(sorted(found.items()))
 
 
 class Step(ABC):
@@ -108,8 +126,8 @@ class Ours(Step):
             optimizer=lambda parameters: torch.optim.AdamW(parameters, **OPTIMIZER),
             reference=REFERENCES[reference](),
             trainable=Select(patterns) if patterns else Everything(),
-            attention=getattr(attention, backend)(),
-            activation_checkpointing=setting.checkpointing,
+            attention=attention_classes()[backend](),
+            **({} if setting.checkpointing == "none" else {"activation_checkpointing": setting.checkpointing}),
         )
         self.module.configure_model()
         self.parameters = [p for p in self.module.policy.parameters() if p.requires_grad]
@@ -167,7 +185,7 @@ class Naive(Step):
     def __init__(self, setting: Setting, reference: str = "live") -> None:
         self.setting, self.cached = setting, reference == "cached"
         self.policy = setting.model.load_model()
-        if setting.checkpointing:
+        if setting.checkpointing != "none":
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy.train()
         self.frozen = None if self.cached else setting.model.load_model().requires_grad_(False).eval()

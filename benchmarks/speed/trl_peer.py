@@ -75,7 +75,7 @@ class TRL(Step):
             beta=TAU,
             bf16=self.setting.precision != "float32",
             use_cpu=self.setting.device == "cpu",
-            gradient_checkpointing=self.setting.checkpointing,
+            gradient_checkpointing=self.setting.checkpointing != "none",
             gradient_checkpointing_kwargs={"use_reentrant": False},
             precompute_ref_log_probs=self.cached,
             optim="adamw_torch_fused",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 from bfpo_pl.batch import PairBatch
-from bfpo_pl.models import attention
 from speed import trl_peer
-from speed.steps import Naive, Ours, Setting, Step
+from speed.steps import Naive, Ours, Setting, Step, attention_classes
 from speed.workload import SHAPES, Lengths, RandomModel, batch_of, drawn
 
 Factory = Callable[[Setting], Step]
@@ -43,9 +41,7 @@ _TRL: dict[str, dict[str, object]] = {
 def backends(device: str) -> tuple[list[str], dict[str, str]]:
     """Names of the attention classes that run on a device, and why the others do not."""
     names, skipped = [], {}
-    for name, kind in sorted(vars(attention).items()):
-        if not (inspect.isclass(kind) and issubclass(kind, attention.AttentionBackend)) or inspect.isabstract(kind):
-            continue
+    for name, kind in attention_classes().items():
         reason = _obstacle(kind, device)
         if reason is None:
             names.append(name)
