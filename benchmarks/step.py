@@ -57,8 +57,13 @@ def run(plan: list[Any], key: dict[str, Any], partial: Path, limit: float | None
     held = json.loads(partial.read_text()) if partial.exists() else {}
     found = held["sections"] if held.get("key") == key else {}
     began = time.monotonic()
+    same: dict[str, str] = {}
     for number, section in enumerate(plan, 1):
         if section.key in found and "error" not in found[section.key]:
+            same[section.work] = section.key
+            continue
+        if section.work in same:
+            found[section.key] = found[same[section.work]]
             continue
         left = None if limit is None else limit - (time.monotonic() - began)
         if left is not None and left < 10:
@@ -66,6 +71,8 @@ def run(plan: list[Any], key: dict[str, Any], partial: Path, limit: float | None
         started = time.monotonic()
         found[section.key] = in_a_new_process(section.task, section.options, section.environment, left)
         took = time.monotonic() - started
+        if "error" not in found[section.key]:
+            same[section.work] = section.key
         found[section.key]["took_seconds"] = took
         print(f"[{number}/{len(plan)}] {section.key}: {found[section.key].get('error', f'{took:.0f} s')}", flush=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +96,7 @@ def plan_of(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
     elif options.quick:
         sections = plan.quick(precision, known["variants"], options.shape or "quick")
     else:
-        sections = plan.on_cpu(precision, known["variants"], str(options.data) if options.data else None)
+        sections = plan.on_cpu(precision, known["variants"], options.shape or "small", str(options.data or "") or None)
     about = {
         "machine": machine.describe(),
         "trl": trl_peer.available() or "not installed",
@@ -109,7 +116,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
 
     sections, about = plan_of(options)
     commit = (environment()["git"] or {}).get("commit")
-    key = {"commit": commit, "precision": about["precision"], "sections": [section.key for section in sections]}
+    key = {
+        "commit": commit,
+        "shape": options.shape,
+        "precision": about["precision"],
+        "sections": [section.key for section in sections],
+    }
     partial = options.out.with_suffix(".partial.json")
     began = time.monotonic()
     found, whole = run(sections, key, partial, options.limit)
@@ -129,7 +141,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller and shorter")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shape", help="of the model: 1b or 7b on a GPU (default: 1b), tiny or quick with --quick")
+    parser.add_argument("--shape", help="model: 1b (default) or 7b on a GPU; tiny, quick or small (default) on a CPU")
     parser.add_argument(
         "--precision",
         choices=["auto", "float32", "bf16-mixed"],

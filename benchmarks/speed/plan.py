@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ from speed.variants import MAIN, NAIVE, NAIVE_CACHED, OURS, OURS_LIVE, PEER, PEE
 MEMORY = [OURS, OURS_LIVE, PEER, PEER_LIVE, NAIVE, "ours, all logits at once", "ours, Padded"]
 MEMORY += ["ours, frozen head", "ours, down_proj alone, shared reference", "ours, down_proj alone, live reference"]
 GROWTH = [OURS, PEER, NAIVE_CACHED]
+WEIGHED = ["pairs", "length", "vocabulary"]
+"""Axes along which memory is measured, too."""
 SHARED = "ours, down_proj alone, shared reference"
 
 
@@ -30,6 +33,11 @@ class Section:
     options: dict[str, Any]
     environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def work(self) -> str:
+        """The same for sections that do the same."""
+        return json.dumps([self.task, self.options, self.environment], sort_keys=True)
+
 
 def _timed(key: str, task: str, **options: Any) -> Section:
     return Section(key, task, options, machine.HEAP_KEPT)
@@ -39,9 +47,9 @@ def _weighed(key: str, **options: Any) -> Section:
     return Section(key, "memory", options, machine.HEAP_RETURNED)
 
 
-def on_cpu(precision: str, names: list[str], data: str | None) -> list[Section]:
-    """Everything, at the size of the bars: hidden 512, 6 layers, vocabulary 32,000."""
-    base: dict[str, Any] = {"shape": "small", "precision": precision, "device": "cpu", "data": data}
+def on_cpu(precision: str, names: list[str], shape: str, data: str | None) -> list[Section]:
+    """Everything; the bars are for the shape ``small``: hidden 512, 6 layers, vocabulary 32,000."""
+    base: dict[str, Any] = {"shape": shape, "precision": precision, "device": "cpu", "data": data}
     pku, feedback = {**base, "lengths": "pku_like", "pairs": 4}, {**base, "lengths": "ultrafeedback_like", "pairs": 2}
     some = [name for name in MAIN if name in names]
     plan = [
@@ -60,11 +68,16 @@ def on_cpu(precision: str, names: list[str], data: str | None) -> list[Section]:
 
 
 def _growth(base: dict[str, Any], names: list[str]) -> list[Section]:
+    """Points along five axes through one base point, which is measured once."""
     base = {**base, "variants": [name for name in GROWTH if name in names]}
     points: dict[str, dict[str, dict[str, Any]]] = {
         "pairs": {str(pairs): {"pairs": pairs} for pairs in (1, 2, 4, 8)},
-        "length": {str(factor): {"factor": factor} for factor in (0.5, 1, 2, 4)},
-        "vocabulary": {str(size): {"changes": {"vocabulary": size}} for size in (8000, 32000, 96000)},
+        "length": {"0.5": {"factor": 0.5}, "1": {}, "2": {"factor": 2}, "4": {"factor": 4}},
+        "vocabulary": {
+            "8000": {"changes": {"vocabulary": 8000}},
+            "32000": {},
+            "96000": {"changes": {"vocabulary": 96000}},
+        },
         "prompt share": {
             f"{prompt / (prompt + response):.2f}": {"lengths": [[prompt, prompt], [response, response]]}
             for prompt, response in ((40, 230), (150, 175), (400, 50))
@@ -79,7 +92,8 @@ def _growth(base: dict[str, Any], names: list[str]) -> list[Section]:
     for axis, options in points.items():
         for point, changes in options.items():
             plan.append(_timed(f"growth/{axis}/{point}/time", "compare", **{**base, **changes}, rounds=2))
-            plan.append(_weighed(f"growth/{axis}/{point}/memory", **{**base, **changes}))
+            if axis in WEIGHED:
+                plan.append(_weighed(f"growth/{axis}/{point}/memory", **{**base, **changes}))
     return plan
 
 
