@@ -54,7 +54,7 @@ def test_tables_of_what_there_is(results):
     }
     assert all(variants.OURS in table for table in tables.values())
     assert "ours, Padded" in tables["ideas"]
-    assert "of all variants agree" in report._checks({"pku_like": results["sections"]["compare/pku_like"]})
+    assert "of all variants agree" in report._checks([results["sections"]["compare/pku_like"]])
 
 
 def test_all_variants_start_at_the_same_loss_and_log_probs():

@@ -52,10 +52,14 @@ def on_cpu(precision: str, names: list[str], shape: str, data: str | None) -> li
     base: dict[str, Any] = {"shape": shape, "precision": precision, "device": "cpu", "data": data}
     pku, feedback = {**base, "lengths": "pku_like", "pairs": 4}, {**base, "lengths": "ultrafeedback_like", "pairs": 2}
     some = [name for name in MAIN if name in names]
+    peers = [name for name in names if name in MAIN or not name.startswith("ours")]
+    ideas = [OURS, *(name for name in names if name not in peers)]
     plan = [
         _timed("gemm", "gemm", **base, tokens=1024, response_tokens=768, repeats=10),
-        _timed("compare/pku_like", "compare", **pku, batches=2, rounds=3),
-        _timed("compare/ultrafeedback_like", "compare", **feedback, batches=2, rounds=3),
+        _timed("compare/pku_like", "compare", **pku, variants=peers, batches=2, rounds=3),
+        _timed("compare/ultrafeedback_like", "compare", **feedback, variants=peers, batches=2, rounds=3),
+        _timed("ideas/pku_like", "compare", **pku, variants=ideas, batches=2, rounds=2),
+        _timed("ideas/ultrafeedback_like", "compare", **feedback, variants=ideas, batches=2, rounds=2),
         _timed("compare/pku_real", "compare", **{**pku, "lengths": "pku_real"}, variants=some, batches=2, rounds=3),
         _timed("compare/hh_real", "compare", **{**pku, "lengths": "hh_real"}, variants=some, batches=2, rounds=3),
     ]

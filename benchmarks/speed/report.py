@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from speed.picture import draw
-from speed.variants import MAIN, OURS, PEER
+from speed.variants import OURS, PEER
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NAMES = {
@@ -61,24 +61,29 @@ def _machine(results: dict[str, Any]) -> str:
 
 def _tables(results: dict[str, Any]) -> str:
     sections = results["sections"]
-    compared = {key.partition("/")[2]: found for key, found in sections.items() if key.startswith("compare/")}
-    compared = {key: found for key, found in compared.items() if "error" not in found}
+    compared, ideas = (_of_kind(sections, kind) for kind in ("compare", "ideas"))
     parts = [
         _machine(results),
         "**Seconds a step**, minimum (median) over interleaved rounds, mean of the batches:\n\n" + _times(compared),
         "**How many times faster**, by minima (by medians):\n\n" + _ratios(results["summary"]["speed"]),
-        "**Each idea on and off**, time by that of `" + OURS + "`:\n\n" + _ideas(compared),
+        "**Each idea on and off**, time by that of `" + OURS + "`:\n\n" + _ideas(ideas),
         "**Memory of a step** above weights, gradients, optimizer state and reference, UltraFeedback-like:\n\n"
         + _memory(sections),
         "**Growth** (PKU-like, 2 pairs; time by minima, memory above state):\n\n" + _growth(sections),
-        _closing(results, compared),
+        _closing(results, [*compared.values(), *ideas.values()]),
     ]
     return "\n\n".join(parts)
 
 
+def _of_kind(sections: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Sections of a kind by their lengths, without those that failed."""
+    found = {key.partition("/")[2]: section for key, section in sections.items() if key.startswith(f"{kind}/")}
+    return {lengths: section for lengths, section in found.items() if "error" not in section}
+
+
 def _times(compared: dict[str, Any]) -> str:
     rows = []
-    for name in MAIN:
+    for name in dict.fromkeys(name for found in compared.values() for name in found["variants"]):
         cells = [found["variants"].get(name) for found in compared.values()]
         rows.append([name, *(f"{c['minimum']:.2f} ({c['median']:.2f})" if c else "–" for c in cells)])
     work = [[round(sum(b[key] for b in f["work"]) / len(f["work"])) for key in _COUNTS] for f in compared.values()]
@@ -104,14 +109,14 @@ def _ratios(speed: dict[str, Any]) -> str:
     return _table(["", *(NAMES[key] for key in speed)], rows)
 
 
-def _ideas(compared: dict[str, Any]) -> str:
-    shown = {key: compared[key]["variants"] for key in ("pku_like", "ultrafeedback_like") if key in compared}
-    names = list(dict.fromkeys(name for found in shown.values() for name in found if name not in MAIN))
+def _ideas(ideas: dict[str, Any]) -> str:
+    names = dict.fromkeys(name for found in ideas.values() for name in found["variants"])
+    shown = [found["variants"] for found in ideas.values()]
     rows = [
-        [name, *(f"{v[name]['minimum'] / v[OURS]['minimum']:.2f}" if name in v else "–" for v in shown.values())]
-        for name in [OURS, *names]
+        [name, *(f"{found[name]['minimum'] / found[OURS]['minimum']:.2f}" if name in found else "–" for found in shown)]
+        for name in names
     ]
-    return _table(["", *(NAMES[key] for key in shown)], rows)
+    return _table(["", *(NAMES[key] for key in ideas)], rows)
 
 
 def _memory(sections: dict[str, Any]) -> str:
@@ -144,7 +149,7 @@ def _growth(sections: dict[str, Any]) -> str:
     return _table(["", *(f"{name}, s" for name in names), *(f"{name}, MB" for name in names)], rows)
 
 
-def _closing(results: dict[str, Any], compared: dict[str, Any]) -> str:
+def _closing(results: dict[str, Any], compared: list[dict[str, Any]]) -> str:
     parts = [_fit(results), _shares(results["summary"].get("share_of_peak", {})), _costs(results), _checks(compared)]
     parts.append("**TRL's settings**: " + "; ".join(results["trl_settings"]) + ".")
     skipped = {**results["skipped"], **results["summary"]["failed"]}
@@ -181,8 +186,8 @@ def _costs(results: dict[str, Any]) -> str:
     return f"**Costliest operators** of our step (self time): {costs}." if costs else ""
 
 
-def _checks(compared: dict[str, Any]) -> str:
-    found = [variant for section in compared.values() for variant in section["variants"].values()]
+def _checks(compared: list[dict[str, Any]]) -> str:
+    found = [variant for section in compared for variant in section["variants"].values()]
     difference = max(variant["log_prob_difference"] for variant in found)
     loss = max(abs(variant["first_loss"] - variant["first_loss_expected"]) for variant in found)
     return (
