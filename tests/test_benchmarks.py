@@ -106,5 +106,5 @@ def test_real_pairs_become_trees(tmp_path):
 def test_a_step_changes_the_weights():
     step = Ours(Setting(workload.SHAPES["tiny"]))
     before = [p.detach().clone() for p in step.parameters]
-    step(step.prepare(workload.drawn(workload.Lengths((3, 5), (2, 4)), 512, 2, seed=0)))
+    step(step.prepare(workload.drawn(workload.Lengths((3, 5), (2, 4)), 1024, 2, seed=0)))
     assert not all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))

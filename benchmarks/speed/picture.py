@@ -50,7 +50,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             _bars(panel, {name: found[name]["minimum"] for name in MAIN if name in found}, title, "seconds a step")
         memory = {name: sections.get(f"memory/{name}", {}).get("variants", {}).get(name) for name in MAIN}
         above = {name: found["above_state_mb"] for name, found in memory.items() if found}
-        _bars(panels[0][2], above, "Memory above state, UltraFeedback-like", "MB")
+        _bars(panels[0][2], above, "Memory, UltraFeedback-like", "MB above weights, gradients, optimizer")
         for panel, axis in zip([*panels[1], *panels[2][:2]], AXES, strict=True):
             _growth(panel, sections, axis)
         panels[1][0].legend(frameon=False)
@@ -65,9 +65,10 @@ def _bars(panel: Any, values: dict[str, float], title: str, label: str) -> None:
     bars = panel.barh(
         [SHORT[name] for name in names], [values[name] for name in names], color=[COLOURS[who(name)] for name in names]
     )
-    panel.bar_label(bars, fmt="{:,.2f}" if "second" in label else "{:,.0f}", padding=3)
+    panel.bar_label(bars, fmt="{:,.2f}" if label.startswith("seconds") else "{:,.0f}", padding=3)
     panel.set(title=title, xlabel=label)
-    panel.margins(x=0.15)
+    panel.margins(x=0.2)
+    panel.locator_params(axis="x", nbins=5)
     panel.tick_params(axis="y", length=0)
 
 

@@ -45,9 +45,7 @@ def _machine(results: dict[str, Any]) -> str:
         f"{results['trl']}; revision `{((environment['git'] or {}).get('commit') or 'unknown')[:10]}`, "
         f"{environment['started'][:10]}, {results['seconds'] / 60:.0f} minutes.",
         f"Precision of all: {results['precision']}."
-        + (
-            "" if results["bf16_is_native"] else " The processor has no bfloat16 products: torch converts each element."
-        ),
+        + ("" if results["bf16_is_native"] else " The processor has no bfloat16 products; torch emulates them."),
     ]
     if "gflops" in sections.get("gemm", {}):
         gemm = sections["gemm"]

@@ -54,7 +54,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(64, 2, 4, 2, 128, 512),
+    "tiny": Shape(64, 2, 4, 2, 128, 1024),
     "quick": Shape(256, 2, 4, 2, 704, 8000),
     "small": Shape(512, 6, 8, 4, 1408, 32000),
     "1b": Shape(2048, 16, 32, 8, 8192, 32000),
@@ -136,7 +136,7 @@ def real(name: str, data: Path, vocabulary: int, count: int, seed: int) -> list[
         FileNotFoundError: The file is not there.
     """
     texts = list(_texts(data / REAL[name]))
-    encode = _tokenizer(texts, vocabulary // 2 - SPECIAL)
+    encode = _tokenizer(texts[:2000], vocabulary // 2 - SPECIAL)
     trees = []
     for prompt, chosen, rejected in random.Random(seed).sample(texts, min(len(texts), 4 * count)):
         ids = [encode.encode(text).ids for text in (prompt, chosen, rejected)]
