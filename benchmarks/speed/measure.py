@@ -151,10 +151,11 @@ def task_fit(options: Options) -> dict[str, Any]:
     setting = setting_of(options)
     (step,) = _built(options)[0].values()
     ranges = _ranges(options["lengths"])
-    draws = [
-        drawn(ranges.scaled(0.4 + 0.2 * (seed % 5)), setting.shape.vocabulary, 1 + seed % options["pairs"], seed)
-        for seed in range(options["batches"])
-    ]
+    draws = []
+    for seed in range(options["batches"]):
+        # Prompts and responses of sizes that do not go together, so that their costs can be told apart.
+        lengths = Lengths(ranges.scaled(0.5 + 1.5 * (seed % 4)).prompt, ranges.scaled(0.4 + 0.2 * (seed % 5)).response)
+        draws.append(drawn(lengths, setting.shape.vocabulary, 1 + seed % options["pairs"], seed))
     prepared = [step.prepare(trees) for trees in draws]
     step(prepared[-1])
     taken: list[list[float]] = [[] for _ in draws]
