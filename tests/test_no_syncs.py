@@ -16,7 +16,7 @@ from bfpo_pl.data.trees import PairTree
 from bfpo_pl.labeling import BFPO, HelpfulnessOnly, LabelingFunction, Linear
 from bfpo_pl.listing import subclasses
 from bfpo_pl.losses import Hinge, Logistic, PreferenceLoss, RobustLogistic, SafeChosenNLL, Squared
-from bfpo_pl.models.attention import AttentionBackend, Auto, Padded
+from bfpo_pl.models.attention import AttentionBackend, Auto, Padded, Segments
 from bfpo_pl.models.reference import AdapterOff, FrozenCopy, SharedWeights
 from bfpo_pl.models.sources import TinyModel
 from bfpo_pl.models.trainable import Everything, LoRA, Select
@@ -28,7 +28,10 @@ from bfpo_pl.training import ResponseModule
 WAITING = {"_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "equal", "is_nonzero", "bincount"}
 LABELINGS = [cls for cls in subclasses(LabelingFunction) if cls.__module__ == "bfpo_pl.labeling"]
 LOSSES = [cls for cls in subclasses(PreferenceLoss) if cls.__module__ == "bfpo_pl.losses"]
-BACKENDS = [cls for cls in subclasses(AttentionBackend) if cls.__module__.startswith("bfpo_pl.")]
+# Segments is for the CPU, where nothing waits.
+BACKENDS = [
+    cls for cls in subclasses(AttentionBackend) if cls.__module__.startswith("bfpo_pl.") and cls is not Segments
+]
 
 
 class Watch(TorchDispatchMode):
