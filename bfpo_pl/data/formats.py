@@ -17,6 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -133,7 +134,7 @@ def json_rows(file: Path, field: str | None = None) -> Iterator[tuple[str, RawRo
         file: The file.
         field: The field of the object that holds the list.
     """
-    if field is None and _begins_with_an_object(file):
+    if field is None and _is_json_lines(file):
         yield from json_lines(file)
         return
     with _opened(file) as opened:
@@ -152,11 +153,19 @@ def json_rows(file: Path, field: str | None = None) -> Iterator[tuple[str, RawRo
         yield origin, item if isinstance(item, dict) else RowError(origin, "item", item, "it is not a JSON object")
 
 
-def _begins_with_an_object(file: Path) -> bool:
-    """Whether the first line that is not blank is a whole JSON object, as in JSON lines."""
+def _is_json_lines(file: Path) -> bool:
+    """Whether the first line that is not blank is a whole JSON object, and not one that holds the rows of the file."""
     with _opened(file) as lines:
-        first = next((line for line in lines if not _blank(line)), b"")
-    return isinstance(_parsed(first, ""), dict)
+        first, second = islice(chain((line for line in lines if not _blank(line)), (b"", b"")), 2)
+    row = _parsed(first, "")
+    return isinstance(row, dict) and (bool(second) or not any(map(_are_rows, row.values())))
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether a value is a list of objects, other than the messages of a conversation."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, dict) and "role" not in item for item in value)
 
 
 def _items(value: Any, file: Path, field: str | None) -> list[Any]:

@@ -167,8 +167,10 @@ def test_json_lists_in_a_field(tmp_path):
         read(path)
     with pytest.raises(SourceError, match="without a list in 'version'"):
         read(path, json_field="version")
-    path.write_text('{"data": [{"a": 1}]}')
+    path.write_text('\n{"data": [{"a": 1}], "other": []}\n')
     assert values(path, json_field="data") == [{"a": 1}]
+    with pytest.raises(SourceError, match=r"one JSON object\. Set source\.json_field .* Lists: data, other"):
+        read(path)
     path.write_text('[{"a": 1}]')
     with pytest.raises(SourceError, match="holds a JSON list, not an object with a list in 'data'"):
         read(path, json_field="data")
@@ -182,6 +184,9 @@ def test_json_lists_in_a_field(tmp_path):
     [
         ('\ufeff{"a": 1}\r\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),
         ('\n{"a": 1}', [{"a": 1}]),
+        ('{"a": ["b"], "c": []}\n', [{"a": ["b"], "c": []}]),
+        ('{"a": [{"role": "user"}]}', [{"a": [{"role": "user"}]}]),
+        ('{"a": [{"b": 1}]}\n\n{"a": 2}', [{"a": [{"b": 1}]}, {"a": 2}]),
         ('{"a": 1]\n{"a": 2}', ["the line is not valid JSON", {"a": 2}]),
         ('{"a": 1}\n{"a": "trunc', [{"a": 1}, "the line is not valid JSON"]),
         ('\ufeff[{"a": 1}]', [{"a": 1}]),
