@@ -55,17 +55,18 @@ class Preparation:
         Raises:
             DataError: Rows cannot be used, or a stream has none.
         """
-        readings = [self._read(name, split) for name, split in wanted]
+        splits = list(wanted)
+        readings = [self._read(name, split, (name, "train") in splits) for name, split in splits]
         self._judge(readings, "Rows are judged again as tokens, once these are mended; `bfpo data inspect` shows both.")
         return readings
 
-    def _read(self, name: str, split: str) -> Reading:
+    def _read(self, name: str, split: str, with_train: bool) -> Reading:
         stream = self.streams[name]
         check_hold_out(name, stream)
         own = "train" if stream.validation_fraction else split
         label = f"{name}, {own}"
         rows = check_rows(self.cache / "rows", label, stream.source, own, stream.adapter, stream.assume_safe)
-        return select(name, split, stream, rows, self.guard)
+        return select(name, split, stream, rows, self.guard, with_train)
 
     def _judge(self, readings: Sequence[Reading], note: str = "") -> None:
         """Fails on bad rows, unless they are to be dropped, and on a stream without rows."""

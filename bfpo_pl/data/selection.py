@@ -19,9 +19,14 @@ _HASHES = float(2**64)
 
 
 def select(
-    name: str, split: str, stream: Stream, rows: CheckedRows, guard: ContaminationGuard | None = None
+    name: str,
+    split: str,
+    stream: Stream,
+    rows: CheckedRows,
+    guard: ContaminationGuard | None = None,
+    with_train: bool = False,
 ) -> Reading:
-    """Chooses the rows of a split that are used.
+    """Chooses the rows of a split that are used; every other row of the source is among the faults or left out.
 
     Args:
         name: The stream's name.
@@ -29,6 +34,8 @@ def select(
         stream: Its settings: share of the rows, hold-out, duplicates.
         rows: The checked rows; with a hold-out those of the training split, for either split.
         guard: Drops training prompts that an evaluation has.
+        with_train: Whether the training split is read as well. Of a bad row nobody knows the prompt, so that it belongs
+            to neither side of a hold-out: it is a fault of the training split, or of validation where that is alone.
     """
     raw_index = rows.numbers("raw_index").astype(np.int64)
     held_out = stream.validation_fraction > 0
@@ -39,10 +46,17 @@ def select(
     if held_out:
         out = rows.numbers("prompt_key") / _HASHES < stream.validation_fraction
         used &= out if split == "validation" else ~out
-        faults = faults if split == "train" else []  # of a bad row nobody knows the prompt: told once
-    reading = Reading(name, split, rows, np.flatnonzero(used), faults)
-    if reading.kept.size < len(rows) and share:
-        reading.left_out = _left_out(stream, split, taken, raw_index, reading)
+    elsewhere = len(faults) if held_out and split == "validation" and with_train else 0
+    reading = Reading(name, split, rows, np.flatnonzero(used), [] if elsewhere else faults)
+    reading.left_out = {
+        reason: count
+        for reason, count in (
+            (f"outside the {stream.take} {stream.fraction:g} of the rows", int((~taken).sum())),
+            ("held out for validation" if split == "train" else "not held out", int((taken[raw_index] & ~used).sum())),
+            ("bad rows, counted with the training split", elsewhere),
+        )
+        if count
+    }
     _require_equal_columns(reading)
     if split == "train" and guard is not None:
         _drop_contaminated(reading, guard)
@@ -61,14 +75,6 @@ def _share(stream: Stream, name: str, raw_rows: int) -> np.ndarray:
         generator = np.random.default_rng([stream.take_seed, zlib.crc32(name.encode())])
         taken[generator.permutation(raw_rows)[:size]] = True
     return taken
-
-
-def _left_out(stream: Stream, split: str, taken: np.ndarray, raw_index: np.ndarray, reading: Reading) -> dict[str, int]:
-    outside = int((~taken[raw_index]).sum())
-    rest = len(raw_index) - outside - len(reading.kept)
-    held = "held out for validation" if split == "train" else "not held out"
-    counts = {f"outside the {stream.take} {stream.fraction:g} of the rows": outside, held: rest}
-    return {reason: count for reason, count in counts.items() if count}
 
 
 def _require_equal_columns(reading: Reading) -> None:

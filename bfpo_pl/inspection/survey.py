@@ -113,7 +113,7 @@ def _read_alone(data: AlignmentData, found: Survey) -> None:
         for split in ("train", "validation") if validated else ("train",):
             own = "train" if stream.validation_fraction else split
             rows = check_rows(cache / "rows", f"{name}, {own}", stream.source, own, stream.adapter, stream.assume_safe)
-            reading = select(name, split, stream, rows, data.contamination)
+            reading = select(name, split, stream, rows, data.contamination, with_train=True)
             found.readings[name, split] = reading
             found.summaries[name, split] = reading.summary()
 

@@ -361,6 +361,25 @@ def test_a_hold_out_that_nothing_validates_on_is_refused(write_jsonl):
     AlignmentData({"safety": safety(), "help": held}, validation_streams=["help"])
 
 
+def test_validation_alone_tells_of_bad_rows_too(write_jsonl, kit):
+    rows = [{**GOOD, "prompt": f"p{index}"} for index in range(20)]
+    path = write_jsonl([*rows, {**GOOD, "chosen_safe": "yes"}])
+
+    def of(stage, on_bad_row):
+        stream = Stream(LocalFiles(path), Columns(), 2, validation_fraction=0.4)
+        return ready({"mine": stream}, stage, plain_tokenizer(kit), on_bad_row=on_bad_row)
+
+    with pytest.raises(DataError, match=r"mine, validation: 1 of \d+: a safety flag must be"):
+        of("validate", "fail")
+    assert sum(of("validate", "drop").report["mine"]["validation"]["dropped"].values()) == 1
+    with pytest.raises(DataError, match=r"1 row cannot be used:\n  mine, train: 1 of \d+: a"):
+        of("fit", "fail")
+    both = of("fit", "drop").report["mine"]
+    assert [len(both[split]["dropped"]) for split in ("train", "validation")] == [1, 0]
+    for summary in both.values():
+        assert summary["rows"] + sum(summary["dropped"].values()) + sum(summary["left_out"].values()) == 21
+
+
 def test_prompts_that_another_stream_trains_on_are_counted(write_jsonl, kit):
     rows = [{**GOOD, "prompt": f"p{index}"} for index in range(50)]
     source = LocalFiles(write_jsonl(rows))

@@ -3,6 +3,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bfpo_pl.component import UserError
 from bfpo_pl.data.adapters import Columns
@@ -25,11 +27,11 @@ def raw(prompt, chosen="a", rejected="b", chosen_safe=True, rejected_safe=False)
 
 @pytest.fixture
 def read(tmp_path, write_jsonl):
-    def read(rows, split="train", guard=None, **settings):
+    def read(rows, split="train", guard=None, with_train=False, **settings):
         source = LocalFiles(write_jsonl(rows))
         stream = Stream(source, Columns(), 2, **settings)
         stored = check_rows(tmp_path / "cache", "mine", source, "train", stream.adapter, stream.assume_safe)
-        return select("mine", split, stream, stored, guard)
+        return select("mine", split, stream, stored, guard, with_train)
 
     return read
 
@@ -53,7 +55,7 @@ def test_the_first_share_counts_bad_rows_among_the_rows(read):
     reading = read(rows, fraction=0.295)  # int(29.5) rows, one of them bad
     assert prompts(reading) == [f"prompt {index}" for index in range(29) if index != 3]
     assert [fault.raw_index for fault in reading.faults] == [3]
-    assert reading.left_out == {"outside the first 0.295 of the rows": 70}
+    assert reading.left_out == {"outside the first 0.295 of the rows": 71}
 
 
 def test_a_random_share_is_the_same_every_time(read):
@@ -83,8 +85,41 @@ def test_a_hold_out_is_by_prompt(read):
 
 def test_a_bad_row_is_told_once(read):
     rows = [*ROWS, {**ROWS[0], "chosen_safe": "yes"}]
-    readings = [read(rows, split, validation_fraction=0.5) for split in ("train", "validation")]
-    assert [len(reading.faults) for reading in readings] == [1, 0]
+    train, beside = (read(rows, split, with_train=True, validation_fraction=0.5) for split in ("train", "validation"))
+    assert [len(reading.faults) for reading in (train, beside)] == [1, 0]
+    assert beside.left_out["bad rows, counted with the training split"] == 1
+    alone = read(rows, "validation", validation_fraction=0.5)
+    assert [fault.field for fault in alone.faults] == ["chosen_safe"]
+    assert alone.left_out == {"not held out": len(train.kept)}
+
+
+KINDS = [
+    lambda n: raw(f"p{n % 7}", f"a{n % 3}"),
+    lambda n: raw(f"p{n % 7}", " "),
+    lambda n: {**raw("p"), "prompt": None},
+    lambda n: raw(f"p{n % 7}", f"a{n % 3}", chosen_safe=None, rejected_safe=None),
+]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kinds=st.lists(st.integers(0, 3), max_size=40),
+    split=st.sampled_from(["train", "validation"]),
+    with_train=st.booleans(),
+    guarded=st.booleans(),
+    fraction=st.floats(0.01, 1),
+    take=st.sampled_from(["first", "random"]),
+    validation_fraction=st.sampled_from([0, 0.4]),
+    duplicates=st.sampled_from(["keep", "drop"]),
+    assume_safe=st.booleans(),
+)
+def test_every_row_of_the_source_is_counted(tmp_path, read, kinds, split, guarded, **options):
+    (tmp_path / "evaluation.jsonl").write_text('{"prompt": "p3"}\n')
+    guard = ContaminationGuard(str(tmp_path / "evaluation.jsonl")) if guarded else None
+    reading = read([KINDS[kind](number) for number, kind in enumerate(kinds)], split, guard, **options)
+    summary = reading.summary()
+    counted = summary["rows"] + sum(summary["dropped"].values()) + sum(summary.get("left_out", {}).values())
+    assert counted == reading.rows.raw_rows == len(kinds)
 
 
 def test_hold_outs_that_cannot_be():
