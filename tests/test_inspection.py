@@ -273,6 +273,9 @@ def test_stop_tokens_in_a_text_end_it_or_not(bfpo, model, pairs, capsys):
             r"4 responses hold a stop token in their own text, ([\w ]+?) tokens", said(capsys.readouterr().out)
         )
         assert found[1] == then
+    data = pairs([pair(0), {**pair(1), "prompt": "Hello<|im_end|>\n<|im_start|>assistant"}])
+    bfpo("data", "inspect", *JSONL, *model["<|im_end|>"], data)
+    assert "special in prompt 1 rows have special tokens in the text" in said(capsys.readouterr().out)
 
 
 def test_the_template_check_warns_of_a_second_beginning():

@@ -25,10 +25,11 @@ _FILES = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file")  # wher
 
 
 class RowEncoder:
-    """Turns rows into pair trees and counts what it cuts.
+    """Turns rows into pair trees and counts what becomes of their texts.
 
-    ``counts`` has ``prompts_cut``, ``responses_cut`` and ``stop_token_in_text``: responses whose own text holds a stop
-    token, at which the standard template ends them.
+    ``counts`` has, of the rows that become trees: ``prompts_cut``; ``responses_cut``; ``stop_token_in_text``, responses
+    whose own text holds a stop token, at which the standard template ends them; ``special_token_in_prompt``, rows with
+    a special token in the text of a message of the prompt, which the model reads as that token.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -148,9 +149,12 @@ class RowEncoder:
             split if isinstance(split, RowError) else self._tree(row, split)
             for row, split in zip(rows, splits, strict=True)
         ]
-        marks = self.tokens.stop_tokens
+        used = [row for row, result in zip(rows, results, strict=True) if not isinstance(result, RowError)]
         self.counts["stop_token_in_text"] += sum(
-            any(mark in text for mark in marks) for row in rows for text in row.responses
+            any(mark in text for mark in self.tokens.stop_tokens) for row in used for text in row.responses
+        )
+        self.counts["special_token_in_prompt"] += sum(
+            any(self.tokens.special_in(turn.content) for turn in row.prompt) for row in used
         )
         return results
 
@@ -171,13 +175,13 @@ class RowEncoder:
                 return RowError(row.origin, "length in tokens", long.tokens, long.reason, long.remedy)
             if error := self._without_response(row, len(prompt) + max(map(len, cut))):
                 return error
+            limit = f"data.truncation.max_length = {self.truncation.max_length}"
+            reason = f"the chosen and the rejected response are identical once truncation cuts them ({limit})"
+            if error := _same_pair(row, cut, reason, "Raise data.truncation.max_length."):
+                return error
             self.counts["prompts_cut"] += len(prompt) < len(whole)
             self.counts["responses_cut"] += sum(len(a) < len(b) for a, b in zip(cut, responses, strict=True))
             responses = cut
-            limit = f"data.truncation.max_length = {self.truncation.max_length}"
-            reason = f"the chosen and the rejected response are identical once truncation cuts them ({limit})"
-            if error := _same_pair(row, responses, reason, "Raise data.truncation.max_length."):
-                return error
         return PairTree(prompt, responses, row.pairs, dict(row.columns), dict(row.pair_columns), row.origin)
 
     def _without_response(self, row: Row, kept: int) -> RowError | None:

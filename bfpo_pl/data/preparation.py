@@ -18,7 +18,7 @@ from bfpo_pl.data.stored import StoredTrees
 from bfpo_pl.data.streams import Stream
 from bfpo_pl.data.token_store import TokenStore, tokenise
 
-CUTS = ("prompts_cut", "responses_cut", "stop_token_in_text")
+COUNTED = ("prompts_cut", "responses_cut", "stop_token_in_text", "special_token_in_prompt")
 """What the encoder counts."""
 
 
@@ -100,7 +100,7 @@ class Preparation:
         self._judge(readings)
         prepared: list[tuple[Trees, dict[str, Any]]] = []
         for reading, store, stored in zip(readings, stores, trees, strict=True):
-            counts = {name: store.counts[name] for name in (*CUTS, "tokens", "unknown_tokens")}
+            counts = {name: store.counts[name] for name in (*COUNTED, "tokens", "unknown_tokens")}
             summary = {**reading.summary(), **counts}
             _tell(reading, summary, store, encoder)
             if self.packing is None:
@@ -130,7 +130,15 @@ def _tell(reading: Reading, summary: Mapping[str, Any], store: TokenStore, encod
     if summary["prompts_cut"] or summary["responses_cut"]:
         rank_zero_info(
             f"{label}: cut {summary['responses_cut']:,} of {store.counts['responses']:,} responses and "
-            f"{summary['prompts_cut']:,} of {len(store):,} prompts to fit max_length {encoder.truncation.max_length}"
+            f"{summary['prompts_cut']:,} of {store.counts['prompts']:,} prompts to fit max_length "
+            f"{encoder.truncation.max_length}"
+        )
+    if count := summary["stop_token_in_text"]:
+        then = "and end there" if encoder.template.ends_at_stop_tokens else "but go on after it"
+        rank_zero_info(f"{label}: {count:,} responses hold a stop token in their own text, {then}")
+    if count := summary["special_token_in_prompt"]:
+        rank_zero_info(
+            f"{label}: {count:,} rows have special tokens in the text of their prompt, which the model reads as such"
         )
     if unknown := summary["unknown_tokens"]:
         rank_zero_info(f"{label}: {unknown:,} of {summary['tokens']:,} tokens are {encoder.tokenizer.unk_token}.")

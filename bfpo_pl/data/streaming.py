@@ -21,7 +21,7 @@ from bfpo_pl.data.rows import Row, RowError
 from bfpo_pl.data.streams import Stream
 from bfpo_pl.data.trees import PairTree
 
-_COUNTED = ("dropped", "prompts_cut", "responses_cut", "stop_token_in_text")
+_COUNTED = ("dropped", "prompts_cut", "responses_cut", "stop_token_in_text", "special_token_in_prompt")
 _PROCESSES = 257  # of one loader: the main one and its workers
 _TOLD = {10**power for power in range(10)}
 Encode = Callable[[Sequence[Row]], Sequence[PairTree | RowError]]

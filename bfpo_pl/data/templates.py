@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from bfpo_pl.component import Component, UserError
 from bfpo_pl.data.rows import Message, Row, RowError, response_names
@@ -75,6 +75,9 @@ class ChatTemplate(Component):
     Raises:
         UserError: ``kwargs`` names what is no variable of one's own.
     """
+
+    ends_at_stop_tokens: ClassVar[bool] = True
+    """Whether a stop token in a response's own text ends it."""
 
     def __init__(
         self,
@@ -288,6 +291,8 @@ class OfficialTemplate(ChatTemplate):
         loss_on: What supervised training imitates: the ``response``, or ``all`` tokens after the first, the prompt's
             among them (rows with a single response only).
     """
+
+    ends_at_stop_tokens = False
 
     def __init__(
         self,

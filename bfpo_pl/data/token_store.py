@@ -55,7 +55,6 @@ class _Work:
         for first in range(0, len(indices), _CHUNK):
             rows = self.rows.rows(indices[first : first + _CHUNK])
             trees += self.encoder.many(rows)
-            self.encoder.counts["responses"] += sum(len(row.responses) for row in rows)
         faults = [
             [index, tree.field, tree.value, tree.reason, tree.remedy]
             for index, tree in enumerate(trees)
@@ -68,7 +67,13 @@ class _Work:
         values = [arrays[0].values.to_numpy(), arrays[1].values.values.to_numpy()]
         unknown = getattr(self.encoder.tokenizer, "unk_token_id", None)
         unknowns = 0 if unknown is None else sum(int((ids == unknown).sum()) for ids in values)
-        counts = {"tokens": sum(map(len, values)), "unknown_tokens": unknowns, **self.encoder.counts}
+        counts = {
+            "prompts": len(trees) - len(faults),
+            "responses": sum(map(len, responses)),
+            "tokens": sum(map(len, values)),
+            "unknown_tokens": unknowns,
+            **self.encoder.counts,
+        }
         information = json.dumps({"counts": counts, "faults": faults})
         schema = pa.schema([("prompt", arrays[0].type), ("responses", arrays[1].type)], {_INFORMATION: information})
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
@@ -162,7 +167,8 @@ class TokenStore:
         self._size: int = manifest["rows"]
         self._names = sorted(manifest["files"])
         self.counts: Counter[str] = Counter()
-        """Totals: ``tokens``, ``unknown_tokens``, ``responses``, and what the encoder counts."""
+        """Totals of the rows that are used: ``prompts``, ``responses``, ``tokens``, ``unknown_tokens``, and what the
+        encoder counts."""
         self.faults: list[tuple[int, str, str, str, str]] = []
         """Rows that are useless as tokens: number, field, value, reason, remedy."""
         for number, shard in enumerate(self._shards):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,16 @@ class ChatTokenizer:
         # A model may know more tokens than its tokenizer does.
         self.stop_tokens = tuple(sorted({tokenizer.decode([i]) for i in self.stop_ids if i < len(tokenizer)} - {""}))
         self._neutral = self._neutral_beginnings()
+        self._special = None if getattr(tokenizer, "split_special_tokens", False) else _any_of(special_texts(tokenizer))
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that a text holds and that is read as such; None if it holds none.
+
+        Args:
+            text: The text.
+        """
+        found = None if self._special is None else self._special.search(text)
+        return None if found is None else found[0]
 
     def render(self, conversations: list[Conversation], generation: bool) -> list[str]:
         """The conversations as text.
@@ -192,6 +203,21 @@ def special_ids(tokenizer: Any) -> set[int]:
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """The tokens that are no text, as they are written.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    texts = {*tokenizer.all_special_tokens, *(token.content for token in added.values() if token.special)}
+    return sorted(texts - {""})
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
 
 
 def common_end(first: str, second: str) -> str:

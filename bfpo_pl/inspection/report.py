@@ -13,7 +13,6 @@ from rich.text import Text
 from bfpo_pl.component import UserError
 from bfpo_pl.data.datamodule import AlignmentData
 from bfpo_pl.data.reading import bad_row_report
-from bfpo_pl.data.templates import OfficialTemplate
 from bfpo_pl.inspection.columns import lacking
 from bfpo_pl.inspection.histogram import figure, line
 from bfpo_pl.inspection.lengths import WHOLE_ROW, Lengths
@@ -112,8 +111,10 @@ def _cuts(summary: dict[str, Any], there: tuple[int, int] | None, data: Alignmen
         count = summary[f"{kind}_cut"]
         facts.append((f"{kind} cut", f"{count:,} of {of:,}{f' ({count / of:.2%})' if count else ''}"))
     if count := summary["stop_token_in_text"]:
-        then = "but go on after it" if isinstance(data.template, OfficialTemplate) else "and end there"
+        then = "and end there" if data.template.ends_at_stop_tokens else "but go on after it"
         facts.append(("stop in text", f"{count:,} responses hold a stop token in their own text, {then}"))
+    if count := summary["special_token_in_prompt"]:
+        facts.append(("special in prompt", f"{count:,} rows have special tokens in the text of their prompt"))
     total, unknown = summary["tokens"], summary["unknown_tokens"]
     share = f" ({unknown / total:.2%})" if unknown else ""
     facts.append(("tokens", f"{total:,}; {unknown:,}{share} unknown to the tokenizer"))

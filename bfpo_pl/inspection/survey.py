@@ -86,8 +86,8 @@ def _take(data: AlignmentData, found: Survey) -> None:
                 continue
             key = name, split
             found.lengths[key] = lengths_of(found.readings[key], some)
-            tokens = stored_trees(some).tokens
-            found.cuts[key] = len(tokens), tokens.counts["responses"]
+            counts = stored_trees(some).tokens.counts
+            found.cuts[key] = counts["prompts"], counts["responses"]
     found.summaries = {(name, split): each for name, own in data.report.items() for split, each in own.items()}
     sampler = loader.batch_sampler
     assert isinstance(sampler, StreamSampler)

@@ -165,7 +165,7 @@ def test_pairs_that_truncation_makes_identical(write_jsonl, kit, monkeypatch):
     assert len(report["dropped"]) == 1
     origins = {origin for batch in data.train_dataloader() for origin in batch.origins}
     assert origins == {f"{path}:1", f"{path}:3"}
-    assert said[0] == "mine, train: cut 3 of 6 responses and 0 of 3 prompts to fit max_length 34"
+    assert said[0] == "mine, train: cut 1 of 4 responses and 0 of 2 prompts to fit max_length 34"
     assert said[1].startswith("mine, train: dropped 2 rows: 1 × a safety flag must")
     assert len(said) == 2
 
@@ -184,6 +184,26 @@ def test_nothing_is_said_where_nothing_is_cut(monkeypatch):
     monkeypatch.setattr(preparation, "rank_zero_info", said.append)
     ready({"safety": safety()})
     assert said == []
+
+
+def test_special_tokens_in_texts_are_counted_of_the_rows_that_are_used(write_jsonl, kit, monkeypatch):
+    said = []
+    monkeypatch.setattr(preparation, "rank_zero_info", said.append)
+    typed = {**GOOD, "prompt": "Hello<|im_end|>\n<|im_start|>assistant"}
+    stopped = {**GOOD, "chosen": "one</s>two"}
+    alike = {**GOOD, "prompt": typed["prompt"], "chosen": "one</s>two", "rejected": "one"}
+    stream = Stream(LocalFiles(write_jsonl([GOOD, typed, stopped, alike])), Columns(), 2)
+    data = ready({"mine": stream}, tokenizer=plain_tokenizer(kit), on_bad_row="drop", template=ChatTemplate(kit.ZEPHYR))
+    report = data.report["mine"]["train"]
+    assert (report["rows"], sum(report["dropped"].values())) == (3, 1)
+    assert (report["stop_token_in_text"], report["special_token_in_prompt"]) == (1, 1)
+    assert said[:2] == [
+        "mine, train: 1 responses hold a stop token in their own text, and end there",
+        "mine, train: 1 rows have special tokens in the text of their prompt, which the model reads as such",
+    ]
+    tokenizer = plain_tokenizer(kit)
+    tokenizer.split_special_tokens = True
+    assert ready({"mine": stream}, tokenizer=tokenizer).report["mine"]["train"]["special_token_in_prompt"] == 0
 
 
 @pytest.mark.parametrize("adapter", [Columns(), PKUSafeRLHF()])
