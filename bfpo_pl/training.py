@@ -141,9 +141,9 @@ class ResponseModule(LightningModule):
         warn_of_lost_updates(optimizer)
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps) or steps < 0:  # Lightning says -1 where epochs have no known length
-            raise UserError(
-                "The learning-rate schedule needs the length of the run: set trainer.max_steps or max_epochs."
-            )
+            why = getattr(getattr(self.trainer, "datamodule", None), "why_length_unknown", "")
+            remedy = f"max_steps, since epochs have no known length: {why}" if why else "max_steps or max_epochs"
+            raise UserError(f"The learning-rate schedule needs the length of the run: set trainer.{remedy}.")
         scheduler = self.schedule.build(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -149,7 +149,10 @@ def test_a_streaming_driver_needs_no_length(bfpo, base, byte_model, streaming):
         (["--data.streams.safety.fraction=0.5"], "need to see all rows"),
         (["--data.streams.safety.validation_fraction=0.5"], "need to see all rows"),
         (["--data.batching=LengthBuckets"], "LengthBuckets needs the length of every row beforehand"),
-        (["--trainer.max_steps=-1", "--trainer.max_epochs=1"], "set trainer.max_steps"),
+        (
+            ["--trainer.max_steps=-1", "--trainer.max_epochs=1"],
+            "set trainer.max_steps, since epochs have no known length: stream 'safety', the driver, reads its rows as",
+        ),
         (["--trainer.limit_train_batches=0.5"], "set a whole number of batches"),
     ],
 )
@@ -167,6 +170,25 @@ def test_batches_by_tokens(bfpo, base, small):
     assert len(set(sizes)) > 1
     assert all(safety == helpfulness for safety, helpfulness in quotas)
     assert "TokenBudget" in run.datamodule.state_dict()["geometry"]["batching"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "--trainer.max_epochs=1",
+            "set trainer.max_steps, since epochs have no known length: data.batching: TokenBudget",
+        ),
+        ("--trainer.limit_train_batches=0.5", "is not known (data.batching: TokenBudget puts as many rows"),
+    ],
+)
+def test_epochs_of_token_budgets_have_no_known_length(bfpo, base, small, override, message, capsys):
+    small = [*small, "--trainer.max_steps=-1"]
+    with pytest.raises(SystemExit):
+        bfpo("fit", *base, *small, "--data.batching=TokenBudget", "--data.batching.tokens=400", override)
+    said = capsys.readouterr().err
+    assert message in said
+    assert "or max_epochs" not in said
 
 
 def test_official_packing(bfpo):

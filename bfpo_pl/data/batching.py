@@ -138,6 +138,7 @@ class BudgetedBatches(Batches):
     """
 
     length = None
+    why_unknown = "data.batching: TokenBudget puts as many rows into a batch as fit, and epochs differ in it"
 
     def __init__(self, units: FixedBatches, lengths: list[np.ndarray], tokens: int) -> None:
         assert units.length is not None

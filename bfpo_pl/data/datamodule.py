@@ -322,6 +322,12 @@ class AlignmentData(LightningDataModule):
         self._sampler = StreamSampler(batches, rank, self._consumed, limit, repeat)
         return self._loader("train", self._sampler)
 
+    @property
+    def why_length_unknown(self) -> str:
+        """Why nobody knows the number of batches of a training epoch; empty if it is known, or not asked for yet."""
+        batches = None if self._sampler is None else self._sampler.batches
+        return "" if batches is None or batches.length is not None else batches.why_unknown
+
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Batches of the validation streams, one stream after the other; an empty list if there are none."""
         rank, world = self._rank_and_world()

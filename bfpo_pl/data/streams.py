@@ -126,6 +126,9 @@ class Batches(ABC):
     length: int | None
     """Batches of an epoch; None if epochs differ in it, or never end."""
 
+    why_unknown: str = ""
+    """Why epochs have no known length, where ``length`` is None."""
+
     @abstractmethod
     def batch(self, number: int) -> list[list[Key]]:
         """Every rank's rows of a global batch.
@@ -173,6 +176,7 @@ class FixedBatches(Batches):
         self.seed, self.world = seed, world
         size = sizes[driver]
         self.length = None if size is None else math.ceil(size / (quotas[driver] * world))
+        self.why_unknown = f"stream '{driver}', the driver, reads its rows as training goes on"
 
     def batch(self, number: int) -> list[list[Key]]:
         return by_rank(self.rows(number, number + 1), self.world)
@@ -233,7 +237,7 @@ class StreamSampler(Sampler[list[Key]]):
         if not 0 <= rank < batches.world:
             raise ValueError(f"StreamSampler: rank must lie in [0, {batches.world - 1}], not {rank}.")
         self.batches, self.rank, self.start, self.repeat = batches, rank, start, repeat
-        self.limit = _limit(epoch_batches, batches.length)
+        self.limit = _limit(epoch_batches, batches)
         if repeat and batches.epoch(0, self.limit)[1] is None:
             raise UserError(
                 "trainer.overfit_batches repeats the batches of an epoch, and the epoch of a driver that streams never "
@@ -248,7 +252,7 @@ class StreamSampler(Sampler[list[Key]]):
             TypeError: Epochs differ in it, or never end; Lightning takes this to say so.
         """
         if self.batches.length is None:
-            raise TypeError("The number of batches of an epoch is not known.")
+            raise TypeError(f"The number of batches of an epoch is not known: {self.batches.why_unknown}.")
         return self.batches.length
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -277,18 +281,18 @@ class StreamSampler(Sampler[list[Key]]):
         return first, first + length
 
 
-def _limit(epoch_batches: int | float, length: int | None) -> int | None:
+def _limit(epoch_batches: int | float, batches: Batches) -> int | None:
     """Most batches of an epoch; None if nothing limits it."""
     if isinstance(epoch_batches, int):
         return max(1, epoch_batches)  # with 0 the trainer asks for no batch
     if epoch_batches == 1.0:
         return None
-    if length is None:
+    if batches.length is None:
         raise UserError(
             f"trainer.limit_train_batches = {epoch_batches:g} is a share of an epoch, whose number of batches is not "
-            "known here (a driver that streams, or batches by tokens): set a whole number of batches."
+            f"known ({batches.why_unknown}): set a whole number of batches."
         )
-    return max(1, int(length * epoch_batches))
+    return max(1, int(batches.length * epoch_batches))
 
 
 class SequentialSampler(Sampler[list[Key]]):
