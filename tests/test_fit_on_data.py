@@ -206,6 +206,25 @@ def test_official_packing(bfpo):
     assert len(whole) == 60
 
 
+def test_documents_share_a_block_and_stay_apart(bfpo):
+    run = bfpo(
+        "sft", "-c", "configs/sft.yaml", *SFT_SMALL, "--data.streams.sft.batch_size=2",
+        "--data.packing=DocumentPacking", "--data.packing.length=40",
+    )  # fmt: skip
+    data, counts = run.datamodule, report(run)["sft"]["train"]
+    loader = data.train_dataloader()
+    epoch = map(loader.batch_sampler.batch, range(len(loader)))
+    batches = [loader.collate_fn(loader.dataset.__getitems__(keys)) for keys in epoch]
+    assert run.trainer.num_training_batches == len(batches) == -(-counts["blocks"] // 2) < 30
+    documents = {tree.origin: tree for tree in data.rows["sft", "train"].at(range(60))}
+    assert sorted(origin for batch in batches for origin in batch.origins) == sorted(documents)
+    assert all(len(batch.tokens) <= 80 for batch in batches)
+    batch = batches[0]
+    starts = batch.segment_start[batch.prompt_segment]
+    assert torch.equal(batch.positions[starts], torch.zeros_like(starts)), "each document begins anew"
+    assert [len(documents[origin].response_ids[0]) for origin in batch.origins] == batch.response_lengths.tolist()
+
+
 def test_loss_on_all_tokens(bfpo):
     responses = bfpo("sft", "-c", "configs/sft.yaml", *SFT_SMALL)
     everything = bfpo("sft", "-c", "configs/sft.yaml", *SFT_SMALL, "--data.template.loss_on=all")

@@ -225,11 +225,42 @@ def test_inspect_batches_of_tokens_and_packed_rows(bfpo, small, capsys):
     cli = bfpo("data", "inspect", *args, "--data.batching=TokenBudget", "--data.batching.tokens=100")
     count = sum(1 for _ in cli.datamodule.train_dataloader())
     assert f"an epoch has {count} batches on one process, the first one" in said(capsys.readouterr().out)
-    bfpo("data", "inspect", *args, "--data.packing=OfficialPacking", "--data.packing.length=50")
+    official = ["--data.packing=OfficialPacking", "--data.packing.length=50", "--data.template.loss_on=all"]
+    bfpo("data", "inspect", *args, *official)
     text = said(capsys.readouterr().out)
     total = int(re.search(r"tokens (\d+); 0 unknown", text)[1])
     assert f"packed {total // 50} blocks; {total % 50} tokens after the last one are dropped" in text
     assert "`bfpo sft` would go on." in text
+    assert "cuts documents" not in text
+    bfpo(
+        "data", "inspect", *args, *official, "--data.truncation.max_length=20", "--data.truncation.max_prompt_length=9"
+    )
+    assert "are dropped; data.truncation cuts documents beforehand" in said(capsys.readouterr().out)
+    cli = bfpo("data", "inspect", *args, "--data.packing=DocumentPacking", "--data.packing.length=50")
+    blocks = len(cli.datamodule.train_dataloader().dataset)
+    assert f"packed {blocks} blocks" in said(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", [["fit"], ["sft"], ["data", "inspect"]])
+def test_rows_with_several_responses_are_not_packed_the_official_way(bfpo, base, small, capsys, command):
+    packing = ["--data.packing=OfficialPacking", "--data.template.loss_on=all"]
+    if command == ["sft"]:
+        base, small = (
+            ["-c", "configs/sft.yaml"],
+            [item for item in small if "safety" not in item and "help" not in item],
+        )
+        small += ["--data.streams.sft.source=MicroworldSafety", "--data.streams.sft.adapter=PKUSafeRLHF"]
+    try:
+        bfpo(*command, *base, *small, *packing)
+    except SystemExit:
+        assert command[0] != "data"
+    output = capsys.readouterr()
+    text = said(output.err + output.out)
+    assert "data.packing: OfficialPacking joins rows with one response, and " in text
+    assert "[train]:0. Leave out data.packing" in text
+    with pytest.raises(SystemExit):
+        bfpo(*command, *base, *small, packing[0])
+    assert "Set data.template.loss_on: all" in capsys.readouterr().err
 
 
 def test_inspect_a_source_that_streams(bfpo, model, tmp_path, capsys):

@@ -6,7 +6,7 @@ from bfpo_pl.data.contamination import ContaminationGuard
 from bfpo_pl.data.datamodule import AlignmentData
 from bfpo_pl.data.files import LocalFiles
 from bfpo_pl.data.microworld_sources import MicroworldHelpfulness, MicroworldSafety, MicroworldSFT
-from bfpo_pl.data.packing import OfficialPacking, Packing
+from bfpo_pl.data.packing import DocumentPacking, OfficialPacking, Packing
 from bfpo_pl.data.rows import Row
 from bfpo_pl.data.schemas import HHRLHF, PKUSafeRLHF, PKUSaferResponse, RedTeam, UltraFeedbackBinarized
 from bfpo_pl.data.sources import HubDataset, Source
@@ -22,6 +22,7 @@ __all__ = [
     "ChatTemplate",
     "Columns",
     "ContaminationGuard",
+    "DocumentPacking",
     "DropLong",
     "HubDataset",
     "LengthBuckets",

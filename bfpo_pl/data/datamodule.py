@@ -20,7 +20,7 @@ from bfpo_pl.data.collate import Collator
 from bfpo_pl.data.contamination import ContaminationGuard
 from bfpo_pl.data.encoding import RowEncoder
 from bfpo_pl.data.loading import Loader, TreesByStream
-from bfpo_pl.data.packing import Packing, Trees
+from bfpo_pl.data.packing import Groups, Packing, Trees
 from bfpo_pl.data.preparation import Preparation
 from bfpo_pl.data.reading import DataError, Reading
 from bfpo_pl.data.selection import check_hold_out, shared_prompts
@@ -49,7 +49,7 @@ class AlignmentData(LightningDataModule):
         template: How conversations become tokens. Default: `ChatTemplate`, the tokenizer's own chat template.
         truncation: What is cut from rows that are too long. Default: `Truncation`, at most 1024 tokens.
         batching: How many rows of each stream a batch has. Default: `Batching`, `batch_size` rows of each.
-        packing: How the rows of supervised streams are joined. Default: each is a document of its own.
+        packing: How rows are joined to blocks, which `batch_size` then counts. Default: each is by itself.
         contamination: Leaves out training prompts that an evaluation file has. Default: nothing is left out.
         validation_streams: Names of the streams to validate on. Default: the driver, if it has validation rows.
         validation_batch_size: Rows in each validation batch of each process.
@@ -95,6 +95,8 @@ class AlignmentData(LightningDataModule):
                 )
         self.template, self.truncation = template or ChatTemplate(), truncation or Truncation()
         self.batching, self.packing, self.contamination = batching or Batching(), packing, contamination
+        if packing is not None:
+            packing.check(self.template)
         self.validation_batch_size = int(check_range(self, "validation_batch_size", validation_batch_size, 1))
         self.on_bad_row: Literal["fail", "drop"] = on_bad_row
         self.num_workers = int(check_range(self, "num_workers", num_workers, 0))
@@ -143,7 +145,7 @@ class AlignmentData(LightningDataModule):
                         f"All rows of stream '{name}' are needed before training, and it reads them as it goes. Set "
                         f"data.streams.{name}.source.streaming: false."
                     )
-                found[name, split] = trees
+                found[name, split] = trees.documents if isinstance(trees, Groups) else trees
         return found
 
     @property

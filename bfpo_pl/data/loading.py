@@ -14,7 +14,7 @@ from bfpo_pl.data.streaming import StreamingRows
 from bfpo_pl.data.streams import Key
 
 
-class TreesByStream(Dataset[Item]):
+class TreesByStream(Dataset[list[Item]]):
     """Pair trees by (stream, row), a batch at a time.
 
     Args:
@@ -27,16 +27,27 @@ class TreesByStream(Dataset[Item]):
     def __len__(self) -> int:
         return sum(len(trees) for trees in self.trees if trees is not None and not isinstance(trees, StreamingRows))
 
-    def __getitem__(self, key: Key) -> Item:
-        return self.__getitems__([key])[0]
+    def __getitem__(self, key: Key) -> list[Item]:
+        return self.__getitems__([key])
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Item]:
-        items: dict[Key, Item] = {}
+        """The trees of a batch, in the order of the keys; a key of packed rows may stand for several.
+
+        Args:
+            keys: Index of the stream, and place in it, of each.
+        """
+        items: dict[Key, list[Item]] = {}
         for stream in sorted({stream for stream, _ in keys}):
             trees, rows = self.trees[stream], [row for each, row in keys if each == stream]
             assert trees is not None
-            items.update(((stream, row), (stream, tree)) for row, tree in zip(rows, trees.at(rows), strict=True))
-        return [items[key] for key in keys]
+            if isinstance(trees, StreamingRows):  # faster together
+                found = [[tree] for tree in trees.at(rows)]
+            else:
+                found = [trees.at([row]) for row in rows]
+            items.update(
+                ((stream, row), [(stream, tree) for tree in some]) for row, some in zip(rows, found, strict=True)
+            )
+        return [item for key in keys for item in items[key]]
 
 
 class Loader(DataLoader):

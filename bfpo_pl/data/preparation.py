@@ -90,6 +90,7 @@ class Preparation:
         Raises:
             DataError: Rows cannot be used, or the tokenizer does not know the text.
         """
+        self._check_packing(readings)
         if mark := encoder.unstopped_turn_end():
             rank_zero_warn(
                 f"The chat template ends turns with {mark}, which is not among the tokens that end a response: a "
@@ -107,9 +108,22 @@ class Preparation:
                 prepared.append((stored, summary))
                 continue
             blocks = self.packing(stored, reading.stream)
-            summary["blocks"], summary["tokens_after_the_last_block"] = len(blocks), blocks.dropped_tokens
+            summary |= blocks.counts
+            _tell_of_blocks(reading, summary)
             prepared.append((blocks, summary))
         return prepared
+
+    def _check_packing(self, readings: Sequence[Reading]) -> None:
+        """Refuses rows that the packing cannot join."""
+        for reading in readings if self.packing is not None and self.packing.one_response else ():
+            several = reading.kept[reading.response_counts[reading.kept] > 1]
+            if len(several):
+                raise DataError(
+                    f"data.packing: {type(self.packing).__name__} joins rows with one response, and {len(several):,} "
+                    f"rows of {reading.stream}, {reading.split} have several, the first at "
+                    f"{reading.rows.origin(int(several[0]))}. Leave out data.packing, or read them with an adapter "
+                    "that gives one response."
+                )
 
     def _tokens(self, encoder: RowEncoder, reading: Reading) -> TokenStore:
         label = f"{reading.stream}, {reading.split}"
@@ -122,6 +136,18 @@ class Preparation:
                 f"of configs/base.yaml, speaks the microworld's language only."
             )
         return store
+
+
+def _tell_of_blocks(reading: Reading, summary: Mapping[str, Any]) -> None:
+    """Prints what a user should know of packed rows."""
+    label = f"{reading.stream}, {reading.split}"
+    if summary["prompts_cut"] or summary["responses_cut"]:
+        rank_zero_info(
+            f"{label}: data.truncation cuts documents before data.packing joins them; to leave them whole, raise "
+            "data.truncation.max_length"
+        )
+    if longer := summary.get("documents_longer_than_a_block"):
+        rank_zero_info(f"{label}: {longer:,} documents are longer than a block, and each is one by itself")
 
 
 def _tell(reading: Reading, summary: Mapping[str, Any], store: TokenStore, encoder: RowEncoder) -> None:

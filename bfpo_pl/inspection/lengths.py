@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bfpo_pl.data.packing import Blocks, Trees
+from bfpo_pl.data.packing import Packed, Trees
 from bfpo_pl.data.reading import Reading
 from bfpo_pl.data.stored import StoredTrees
 
@@ -45,7 +45,7 @@ def stored_trees(trees: Trees) -> StoredTrees:
     Args:
         trees: What a stream gives to a batch.
     """
-    stored = trees.documents if isinstance(trees, Blocks) else trees
+    stored = trees.documents if isinstance(trees, Packed) else trees
     assert isinstance(stored, StoredTrees)
     return stored
 

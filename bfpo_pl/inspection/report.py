@@ -119,8 +119,14 @@ def _cuts(summary: dict[str, Any], there: tuple[int, int] | None, data: Alignmen
     share = f" ({unknown / total:.2%})" if unknown else ""
     facts.append(("tokens", f"{total:,}; {unknown:,}{share} unknown to the tokenizer"))
     if "blocks" in summary:
-        rest = summary["tokens_after_the_last_block"]
-        facts.append(("packed", f"{summary['blocks']:,} blocks; {rest:,} tokens after the last one are dropped"))
+        words = [f"{summary['blocks']:,} blocks"]
+        if (rest := summary.get("tokens_after_the_last_block")) is not None:
+            words.append(f"{rest:,} tokens after the last one are dropped")
+        if longer := summary.get("documents_longer_than_a_block"):
+            words.append(f"{longer:,} documents are longer than a block, and each is one by itself")
+        if summary["prompts_cut"] or summary["responses_cut"]:
+            words.append("data.truncation cuts documents beforehand")
+        facts.append(("packed", "; ".join(words)))
     return facts
 
 

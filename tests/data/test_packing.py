@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from bfpo_pl.component import UserError
-from bfpo_pl.data.packing import OfficialPacking
+from bfpo_pl.data.packing import DocumentPacking, OfficialPacking
+from bfpo_pl.data.templates import ChatTemplate
 from bfpo_pl.data.trees import PairTree
 
 
@@ -60,7 +61,43 @@ def test_blocks_name_the_documents_in_them():
 def test_rows_that_cannot_be_packed():
     with pytest.raises(UserError, match=r"have 72 tokens together, less than one block of 100\. Lower"):
         OfficialPacking(100)(Documents(SIZES), "sft")
-    with pytest.raises(UserError, match="several responses"):
-        OfficialPacking(8)(Documents(SIZES, responses=2), "sft").at([0])
     with pytest.raises(UserError, match="length must lie in"):
         OfficialPacking(1)
+    with pytest.raises(UserError, match="length must lie in"):
+        DocumentPacking(0)
+
+
+def test_official_packing_puts_the_loss_on_all_tokens():
+    OfficialPacking().check(ChatTemplate(loss_on="all"))
+    DocumentPacking().check(ChatTemplate())
+    with pytest.raises(UserError, match=r"is response\. Set data\.template\.loss_on: all"):
+        OfficialPacking().check(ChatTemplate())
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 12, 40, 41, 100])
+@pytest.mark.parametrize("responses", [1, 2])
+def test_whole_documents_fill_blocks(length, responses):
+    documents = Documents(SIZES, responses)
+    blocks = DocumentPacking(length, seed=7)(documents, "sft")
+    order = np.random.default_rng(7).permutation(len(SIZES)).tolist()
+    expected: list[list[int]] = []
+    for place in order:
+        held = sum(documents.lengths[each] for each in expected[-1]) if expected else length
+        if held + documents.lengths[place] > length:
+            expected.append([])
+        expected[-1].append(place)
+    assert [[tree.origin for tree in blocks.at([place])] for place in range(len(blocks))] == [
+        [f"row {place}" for place in block] for block in expected
+    ]
+    assert blocks.lengths.tolist() == [sum(documents.lengths[place] for place in block) for block in expected]
+    longer = sum(size > length for size in documents.lengths)
+    assert blocks.counts == {"blocks": len(expected), "documents_longer_than_a_block": longer}
+    assert max(blocks.lengths) <= max(length, documents.lengths.max())
+    assert [tree.origin for tree in blocks.at([len(blocks) - 1, 0])] == [
+        f"row {place}" for block in (expected[-1], expected[0]) for place in block
+    ]
+    assert blocks.key != DocumentPacking(length, seed=8)(documents, "sft").key
+
+
+def test_no_documents_make_no_blocks():
+    assert len(DocumentPacking(8)(Documents([]), "sft")) == 0
