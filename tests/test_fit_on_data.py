@@ -143,6 +143,22 @@ def test_a_streaming_driver_needs_no_length(bfpo, base, byte_model, streaming):
     assert report(run)["safety"]["train"]["streaming"] is True
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_that_a_worker_finds_is_told_as_any_other(
+    bfpo, base, byte_model, streaming, tmp_path, capsys, workers
+):
+    file = tmp_path / "dataset" / "train.jsonl"
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([*rows, json.dumps({**json.loads(rows[0]), "chosen_safe": 7})]))
+    with pytest.raises(SystemExit) as caught:
+        bfpo("fit", *base, *streaming, *byte_model, *RUN, f"--data.num_workers={workers}")
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "bfpo: error: Stream 'safety' has a row that cannot be used: " in said
+    assert "DataLoader worker" not in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -19,11 +19,11 @@ from bfpo_pl.data.batching import Batching, BudgetedBatches
 from bfpo_pl.data.collate import Collator
 from bfpo_pl.data.contamination import ContaminationGuard
 from bfpo_pl.data.encoding import RowEncoder
-from bfpo_pl.data.loading import Loader, TreesByStream
+from bfpo_pl.data.loading import Collating, Loader, TreesByStream, rank_and_world
 from bfpo_pl.data.packing import Groups, Packing, Trees
 from bfpo_pl.data.preparation import Preparation
 from bfpo_pl.data.reading import DataError, Reading
-from bfpo_pl.data.selection import check_hold_out, shared_prompts
+from bfpo_pl.data.selection import shared_prompts
 from bfpo_pl.data.streaming import StreamingRows
 from bfpo_pl.data.streams import FixedBatches, SequentialSampler, Stream, StreamSampler
 from bfpo_pl.data.templates import ChatTemplate
@@ -219,7 +219,7 @@ class AlignmentData(LightningDataModule):
             self.packing,
         )
         streaming = [name for name, split in wanted if self._streams_rows(name, split)]
-        opened = {name: self._opened(name, encoder) for name in streaming}
+        opened = {name: preparation.open(encoder, name, self._seed()) for name in streaming}
         readings = preparation.read([each for each in wanted if not self._streams_rows(*each)])
         prepared = preparation.encode(encoder, readings)
         for split in splits:
@@ -231,7 +231,7 @@ class AlignmentData(LightningDataModule):
             self.readings[reading.stream, reading.split] = reading
             self._report.setdefault(reading.stream, {})[reading.split] = summary
         for name, rows in opened.items():
-            first = rows.at([0])[0]
+            first = rows.first
             self._trees["train"][name] = rows
             self._columns["train"][name] = (set(first.columns), set(first.pair_columns))
         self._compare_splits()
@@ -241,19 +241,6 @@ class AlignmentData(LightningDataModule):
 
     def _streams_rows(self, name: str, split: str) -> bool:
         return split == "train" and self.streams[name].source.streaming
-
-    def _opened(self, name: str, encoder: RowEncoder) -> StreamingRows:
-        """A stream whose rows are read as training asks for them; its first ones have been."""
-        stream = self.streams[name]
-        check_hold_out(name, stream)
-        if self.contamination is not None or self.packing is not None:
-            raise DataError(
-                f"data.contamination and data.packing need to see all rows before training, and stream '{name}' reads "
-                f"them as it goes. Set data.streams.{name}.source.streaming: false."
-            )
-        rows = StreamingRows(name, stream, self.on_bad_row, self._seed(), encoder.many, encoder.counts)
-        rows.at([0])
-        return rows
 
     def _compare_splits(self) -> None:
         """Tells how many validation prompts are trained on."""
@@ -281,7 +268,7 @@ class AlignmentData(LightningDataModule):
         """Whether any row read has a pair of responses, as supervised rows have not; known after `setup`."""
         streaming = [rows for rows in self._trees.get("train", {}).values() if isinstance(rows, StreamingRows)]
         return any(len(reading.pairs_kept) for reading in self.readings.values()) or any(
-            rows.at([0])[0].pairs for rows in streaming
+            rows.first.pairs for rows in streaming
         )
 
     @property
@@ -307,7 +294,7 @@ class AlignmentData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches with every stream's rows, from the place to resume from."""
-        rank, world = self._rank_and_world()
+        rank, world = rank_and_world(self.trainer)
         trees = {name: self._trees["train"][name] for name in self.streams}  # sources that stream came last
         sizes = {name: None if isinstance(rows, StreamingRows) else len(rows) for name, rows in trees.items()}
         quotas = {name: stream.batch_size for name, stream in self.streams.items()}
@@ -332,7 +319,7 @@ class AlignmentData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Batches of the validation streams, one stream after the other; an empty list if there are none."""
-        rank, world = self._rank_and_world()
+        rank, world = rank_and_world(self.trainer)
         trees = self._trees["validation"]
         if not trees:
             return []
@@ -347,25 +334,13 @@ class AlignmentData(LightningDataModule):
         return Loader(
             TreesByStream([trees.get(name) for name in self.streams]),
             batch_sampler=sampler,
-            collate_fn=Collator(tuple(self.streams), weights, tuple(sorted(response)), tuple(sorted(pair))),
+            collate_fn=Collating(Collator(tuple(self.streams), weights, tuple(sorted(response)), tuple(sorted(pair)))),
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(self._seed()),
             pin_memory=torch.cuda.is_available(),
             # Workers that begin anew each epoch would read a streaming source from its start each time.
             persistent_workers=self.num_workers > 0 and any(isinstance(each, StreamingRows) for each in trees.values()),
         )
-
-    def _rank_and_world(self) -> tuple[int, int]:
-        """This process among those that see different rows (under tensor parallelism some see the same)."""
-        trainer = self.trainer
-        if trainer is None:
-            return 0, 1
-        kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
-        rank, world = (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (trainer.global_rank, trainer.world_size)
-        connector = getattr(trainer, "_accelerator_connector", None)
-        if world > 1 and getattr(connector, "use_distributed_sampler", False):
-            raise DataError("AlignmentData shares rows out among ranks itself: set use_distributed_sampler: false.")
-        return rank, world
 
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED") or 0) if self.seed is None else self.seed
@@ -381,7 +356,7 @@ class AlignmentData(LightningDataModule):
 
     def _geometry(self) -> dict[str, Any]:
         """What must not change for the order of batches to go on as it was."""
-        _, world = self._rank_and_world()
+        _, world = rank_and_world(self.trainer)
         trees = self._trees.get("train", {})
         quotas = {name: stream.batch_size for name, stream in self.streams.items()}
         return {

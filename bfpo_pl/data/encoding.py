@@ -21,6 +21,9 @@ from bfpo_pl.data.tokens import ChatTokenizer, Refusal, TemplateError
 from bfpo_pl.data.trees import PairTree
 from bfpo_pl.data.truncation import TooLong, Truncation
 
+COUNTED = ("prompts_cut", "responses_cut", "stop_token_in_text", "special_token_in_prompt")
+"""What a `RowEncoder` counts."""
+
 _FILES = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file")  # where a tokenizer lies is not what it does
 
 

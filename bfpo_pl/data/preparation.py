@@ -10,16 +10,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bfpo_pl.data.checked import check_rows
 from bfpo_pl.data.contamination import ContaminationGuard
-from bfpo_pl.data.encoding import RowEncoder
+from bfpo_pl.data.encoding import COUNTED, RowEncoder
 from bfpo_pl.data.packing import Packing, Trees
 from bfpo_pl.data.reading import DataError, Reading, bad_row_report
 from bfpo_pl.data.selection import check_hold_out, select
 from bfpo_pl.data.stored import StoredTrees
+from bfpo_pl.data.streaming import StreamingRows
 from bfpo_pl.data.streams import Stream
 from bfpo_pl.data.token_store import TokenStore, tokenise
 
-COUNTED = ("prompts_cut", "responses_cut", "stop_token_in_text", "special_token_in_prompt")
-"""What the encoder counts."""
+_PROBED = 1000
+"""Rows that are looked at before training of a source that streams."""
 
 
 class Preparation:
@@ -128,14 +129,44 @@ class Preparation:
     def _tokens(self, encoder: RowEncoder, reading: Reading) -> TokenStore:
         label = f"{reading.stream}, {reading.split}"
         store = tokenise(self.cache / "tokens", label, reading.rows, reading.kept, encoder, self.processes)
-        unknown, total = store.counts["unknown_tokens"], store.counts["tokens"]
-        if unknown > total / 10:
-            raise DataError(
-                f"{label}: {unknown / total:.0%} of the tokens are {encoder.tokenizer.unk_token}, which is to say that "
-                f"this tokenizer does not know the text. Is model.policy the model you meant? TinyModel, the default "
-                f"of configs/base.yaml, speaks the microworld's language only."
-            )
+        _require_known_text(label, encoder, store.counts["unknown_tokens"], store.counts["tokens"])
         return store
+
+    def open(self, encoder: RowEncoder, name: str, seed: int) -> StreamingRows:
+        """A stream whose rows are read as training asks for them; the first ones are looked at here.
+
+        Args:
+            encoder: What turns rows into token ids.
+            name: The stream's name.
+            seed: Seed of the order of its rows.
+
+        Raises:
+            DataError: It is to do what needs all rows, or its first rows cannot be used, or the tokenizer does not know
+                their text.
+        """
+        stream = self.streams[name]
+        check_hold_out(name, stream)
+        if self.guard is not None or self.packing is not None:
+            raise DataError(
+                f"data.contamination and data.packing need to see all rows before training, and stream '{name}' reads "
+                f"them as it goes. Set data.streams.{name}.source.streaming: false."
+            )
+        rows = StreamingRows(name, stream, self.on_bad_row, seed, encoder.many, encoder.counts)
+        ids = [part for tree in rows.probe(_PROBED) for part in (tree.prompt_ids, *tree.response_ids)]
+        unknown = getattr(encoder.tokenizer, "unk_token_id", None)
+        unknowns = 0 if unknown is None else sum(list(part).count(unknown) for part in ids)
+        _require_known_text(f"{name}, train, its first rows", encoder, unknowns, sum(map(len, ids)))
+        return rows
+
+
+def _require_known_text(label: str, encoder: RowEncoder, unknown: int, total: int) -> None:
+    """Fails where many tokens are the one for unknown text."""
+    if unknown > total / 10:
+        raise DataError(
+            f"{label}: {unknown / total:.0%} of the tokens are {encoder.tokenizer.unk_token}, which is to say that "
+            f"this tokenizer does not know the text. Is model.policy the model you meant? TinyModel, the default "
+            f"of configs/base.yaml, speaks the microworld's language only."
+        )
 
 
 def _tell_of_blocks(reading: Reading, summary: Mapping[str, Any]) -> None:

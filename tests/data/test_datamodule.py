@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 
 from bfpo_pl.component import UserError
-from bfpo_pl.data import preparation
+from bfpo_pl.data import preparation, streaming
 from bfpo_pl.data.adapters import Columns, Messages
 from bfpo_pl.data.datamodule import AlignmentData
 from bfpo_pl.data.files import LocalFiles
@@ -412,26 +412,41 @@ def test_prompts_that_another_stream_trains_on_are_counted(write_jsonl, kit):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streaming_rows_are_counted_where_they_are_read(tmp_path, kit, workers):
+def test_streaming_rows_are_counted_where_they_are_read(tmp_path, kit, workers, monkeypatch):
+    said = []
+    monkeypatch.setattr(streaming, "rank_zero_info", said.append)
     rows = [{**GOOD, "prompt": f"p{index}", "chosen": "a" * 40 if index % 4 == 0 else "a"} for index in range(20)]
     rows[3] = rows[13] = {**GOOD, "chosen_safe": "yes"}
+    rows[5] = {**GOOD, "prompt": "p5", "chosen": "one</s>a", "rejected": "one</s>b"}  # useless as tokens
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = HubDataset(str(tmp_path), splits={"train": "train"}, streaming=True)
-    data = AlignmentData(
+    data = ready(
         {"mine": Stream(source, Columns(), 3, shuffle_buffer=6)},
+        tokenizer=plain_tokenizer(kit),
         on_bad_row="drop",
         truncation=Truncation(40, 30),
         num_workers=workers,
     )
-    data.tokenizer = plain_tokenizer(kit)
-    data.setup("fit")
+    assert data.report["mine"]["train"]["responses_cut"] == 0, "nothing has been given yet"
     batches = iter(data.train_dataloader())
     origins = [origin for _ in range(6) for origin in next(batches).origins]
-    assert len(set(origins)) == 18
+    assert len(set(origins)) == 17
     del batches
     counts = data.report["mine"]["train"]
-    assert (counts["streaming"], counts["dropped"]) == (True, 2)
-    assert counts["responses_cut"] >= 5
+    assert (counts["streaming"], sum(counts["dropped"].values())) == (True, 3)
+    assert {reason[:20]: count for reason, count in counts["dropped"].items()} == {
+        "a safety flag must b": 2,
+        "the chosen and the r": 1,
+    }
+    assert counts["responses_cut"] == sum(int(origin.rpartition(":")[2]) % 4 == 0 for origin in origins)
+    assert len([line for line in said if "dropped so far: 1," in line]) == len(said) == 1
+
+
+def test_text_that_the_tokenizer_does_not_know_stops_a_streaming_source(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({**GOOD, "chosen": "a b c"}) + "\n")
+    source = HubDataset(str(tmp_path), splits={"train": "train"}, streaming=True)
+    with pytest.raises(DataError, match=r"mine, train, its first rows: \d\d% of the tokens are <unk>"):
+        ready({"mine": Stream(source, Columns(), 3)})
 
 
 def test_a_streaming_stream_before_a_stored_one(tmp_path, kit, write_jsonl):

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from bfpo_pl.data import Columns, HubDataset, Source, Stream
 from bfpo_pl.data.encoding import RowEncoder
-from bfpo_pl.data.loading import TreesByStream
+from bfpo_pl.data.loading import Collating, Loader, TreesByStream
 from bfpo_pl.data.reading import DataError
 from bfpo_pl.data.rows import RowError
 from bfpo_pl.data.streaming import StreamingRows
@@ -185,8 +184,59 @@ def test_a_row_that_is_useless_as_tokens_gives_way_to_the_next_of_its_block():
     assert rows.dropped == {"it is useless": 3}
     with pytest.raises(DataError, match=r"web:[126]: chosen = 'useless': it is useless\. Mend it\."):
         streaming(raws).at(range(8))
-    with pytest.raises(DataError, match=r"none of 2 rows .*web\.shuffle_buffer"):
-        streaming(raws[1:3] + raws[:1], buffer=2, on_bad_row="drop").at([0])
+
+
+def stand_ins(size, useless, buffer, passes):
+    """The order with what stands in for useless rows, by plain loops over whole passes in memory."""
+    order, blocks = endless(range(size), buffer, passes + 2), []
+    for each in range(passes + 2):
+        whole = order[each * size : (each + 1) * size]
+        blocks += [whole[first : first + buffer] for first in range(0, size, buffer)]
+    given = []
+    for number, block in enumerate(blocks[: passes * -(-size // buffer)]):
+        later = [n for each in blocks[number + 1 :] for n in each]
+        for place in range(len(block)):
+            given.append(next(n for n in [*block[place:], *block[:place], *later] if n not in useless))
+    return given
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_block_without_a_useful_row_takes_the_next_useful_one(data):
+    size, buffer = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
+    useless = data.draw(st.sets(st.integers(0, size - 1), max_size=size - 1))
+    raws = [raw(number, chosen="useless" if number in useless else "yes") for number in range(size)]
+    expected = stand_ins(size, useless, buffer, 3)
+    assert at(streaming(raws, buffer, "drop"), range(3 * size)) == expected
+    rows = streaming(raws, buffer, "drop")
+    for positions in data.draw(st.lists(st.lists(st.integers(0, 3 * size - 1), max_size=4), max_size=4)):
+        assert at(rows, positions) == [expected[position] for position in positions]
+    start = data.draw(st.integers(0, 2 * size))  # a run that goes on from there
+    assert at(streaming(raws, buffer, "drop"), range(start, start + size)) == expected[start : start + size]
+
+
+@pytest.mark.parametrize("step", [1, 3, 9])
+def test_a_last_block_of_one_bad_row_does_not_stop_the_run(step):
+    raws = [raw(number, chosen="useless" if number == 8 else "yes") for number in range(9)]  # 2 · 4 + 1
+    rows = streaming(raws, 4, "drop")
+    given = [n for first in range(0, 36, step) for n in at(rows, range(first, first + step))]
+    order = endless(range(9), 4, 5)
+    assert given == [order[position + 1] if order[position] == 8 else order[position] for position in range(36)]
+    assert rows.summary()["dropped"] == {"it is useless": 1}
+
+
+def test_blocks_without_a_useful_row_are_read_once():
+    source = Listed([raw(number, chosen="yes" if number == 19 else "useless") for number in range(20)])
+    rows = streaming(source, 2, "drop")
+    assert [at(rows, [position]) for position in range(20)] == 20 * [[19]]
+    assert (source.opens, source.reads) == (1, 20)
+
+
+def test_a_source_without_a_row_that_is_useful_as_tokens_is_an_error():
+    rows = streaming([raw(number, chosen="useless") for number in range(9)], 4, "drop")
+    for position in (0, 5, 8):
+        with pytest.raises(DataError, match=r"has no row to use in its train split: .* Dropped: 9 × it is useless\."):
+            rows.at([position])
 
 
 def test_a_row_must_have_the_columns_of_the_first():
@@ -255,7 +305,8 @@ def test_workers_give_the_same_batches(tmp_path, kit, kind):
 
     def numbers(rows, workers):
         sampler = StreamSampler(batches, epoch_batches=100)
-        loader = DataLoader(TreesByStream([rows]), batch_sampler=sampler, collate_fn=list, num_workers=workers)
+        trees, collate = TreesByStream([rows]), Collating(list)
+        loader = Loader(trees, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
         return [int(tree.origin.rpartition(":")[2]) for batch in loader for _, tree in batch]
 
     expected = endless(range(600), 37, 2)[:800]
