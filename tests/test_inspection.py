@@ -394,6 +394,60 @@ def test_show_supervised_rows(bfpo, small, capsys):
     assert "label" not in text
 
 
+@pytest.mark.parametrize("template", ["ChatTemplate", "OfficialTemplate"])
+@pytest.mark.parametrize("packing", ["", "DocumentPacking", "OfficialPacking"])
+def test_show_tells_the_prompt_apart_where_all_tokens_carry_loss(bfpo, model, tmp_path, capsys, template, packing):
+    rows = [pair(n, chosen=f"Turn handle {n}.") for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapter = {"class_path": "Columns", "init_args": {"chosen": "chosen", "rejected": None}}
+    adapter["init_args"] |= {"chosen_safe": None, "rejected_safe": None}
+    bfpo(
+        "data", "show", "-c", "configs/sft.yaml", "-c", "configs/data/sft_jsonl.yaml", *model["<|im_end|>"],
+        *([f"--data.packing={packing}", "--data.packing.length=60"] if packing else []),
+        f"--data.streams.sft.source.path={tmp_path / 'rows.jsonl'}",
+        f"--data.streams.sft.adapter={json.dumps(adapter)}",
+        f"--data.template={template}", "--data.template.loss_on=all", "--n=9", "--full",
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    assert "first token: no| loss|   prompt: {carries}{ loss}   response: [carries][ loss]" in text
+    parts = re.findall(r"^  (prompt|response), (\d+) tokens\n((?:    .*\n)+)", text, re.MULTILINE)
+    texts = {"prompt": "", "response": ""}
+    for kind, size, shown in parts:
+        tokens = re.findall(r"\{(.*?)\}|\[(.*?)\]|(.+?)\|(?=[\[{])", "".join(line[4:] for line in shown.splitlines()))
+        assert len(tokens) == int(size)
+        texts[kind] += "".join("".join(each) for each in tokens)
+    header = r"<|im_start|>assistant\n"
+    assert (header in texts["prompt"], header in texts["response"]) == (
+        (True, False) if template == "ChatTemplate" else (False, True)
+    )
+    assert "How do I open window" in texts["prompt"]
+    assert "Turn handle" in texts["response"]
+    assert "Turn" not in texts["prompt"]
+    assert "open" not in texts["response"]
+    if packing != "OfficialPacking":
+        assert [kind for kind, _, _ in parts] == 4 * ["prompt", "response"]
+        assert texts["prompt"].count("How do I open window") == texts["response"].count("Turn handle") == 4
+
+
+def test_show_gives_prompt_loss_and_response_colours_of_their_own(bfpo, capsys, monkeypatch):
+    for name, value in (("FORCE_COLOR", "1"), ("COLORTERM", "truecolor"), ("TERM", "xterm-256color")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    args = ["-c", "configs/sft.yaml", "--data.streams.sft.source.count=8", "--n=1"]
+    backgrounds = {}
+    for loss in ("response", "all"):
+        bfpo("data", "show", *args, f"--data.template.loss_on={loss}")
+        tree = capsys.readouterr().out.partition("MicroworldSFT")[2]
+        found = re.split(r"^  (?:prompt|response), ", tree, flags=re.MULTILINE)[1:]
+        backgrounds[loss] = [set(re.findall(r"48;2;(\d+;\d+;\d+)m", part)) for part in found]
+    (prompt, response), (trained, trained_response) = backgrounds["response"], backgrounds["all"]
+    assert response == trained_response
+    assert len(prompt) == len(response) == 2, "neighbours are told apart"
+    assert not prompt & response
+    assert not trained & response
+    assert len(trained - prompt) == 2, "all but the first"
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_output_fits_the_terminal(bfpo, model, pairs, base, small, capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from rich.cells import cell_len
@@ -13,9 +13,12 @@ from rich.text import Text
 
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.data.datamodule import AlignmentData
+from bfpo_pl.data.loading import TreesByStream
+from bfpo_pl.data.streams import StreamSampler
 from bfpo_pl.data.tokens import special_ids
 from bfpo_pl.inspection.columns import lacking
 from bfpo_pl.inspection.pieces import escaped, pieces
+from bfpo_pl.inspection.prompts import prompts_of
 from bfpo_pl.inspection.terminal import print_line, print_wrapped
 from bfpo_pl.labeling import LabelingFunction
 
@@ -23,9 +26,11 @@ FIRST, LAST = 60, 20
 """Characters that are shown of the beginning and of the end of an abbreviated text."""
 _STYLES = {
     "prompt": ("white on #1f4e79", "white on #2d6a9f"),
+    "trained prompt": ("black on #56B4E9", "black on #9ad2f2"),
     "response": ("black on #E69F00", "black on #f3c969"),
 }
-
+_MARKS = {"prompt": "{}|", "trained prompt": "{{{}}}", "response": "[{}]"}
+"""What stands in for colours where there are none."""
 
 Token = tuple[str, bool]
 """A token's text, and whether it is a special one."""
@@ -93,13 +98,21 @@ def show(data: AlignmentData, labeling: LabelingFunction | None, number: int, fu
     """
     data.num_workers = 0  # one batch, and the same for any number
     data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
+    loader = data.train_dataloader()
+    batch = next(iter(loader))
     printer = _Printer(data, batch, labeling, full, console)
     printer.legend()
-    trees = trees_of(batch)
+    trees, prompts = trees_of(batch), None
+    if data.template.loss_on == "all":
+        assert isinstance(loader.dataset, TreesByStream)
+        assert isinstance(loader.batch_sampler, StreamSampler)
+        prompts = prompts_of(data, loader.dataset, loader.batch_sampler.batch(0))
     for stream in batch.streams:
-        for tree in [tree for tree in trees if tree.stream == stream][:number]:
-            printer.tree(tree)
+        for index in [index for index, tree in enumerate(trees) if tree.stream == stream][:number]:
+            if prompts is None:
+                printer.tree(trees[index])
+            else:
+                printer.trained_tree(trees[index], prompts[index])
 
 
 class _Printer:
@@ -118,20 +131,26 @@ class _Printer:
     ) -> None:
         self.tokenizer, self.batch, self.console, self.full = data.tokenizer, batch, console, full
         self.coloured = console.color_system in ("256", "truecolor")
-        self.moved = data.packing or (data.template if data.template.loss_on == "all" else None)
+        self.trained = data.template if data.template.loss_on == "all" else None
         self.labeling = labeling
         self.lacking = [] if labeling is None else lacking(data, labeling)
         self.label = None if labeling is None or self.lacking else labeling(batch.annotations)
 
     def legend(self) -> None:
         """Says how to read what follows."""
-        text = Text("prompt: ")
-        for kind, words in (("prompt", ("no", " loss")), ("response", ("every", " token", " carries", " loss"))):
-            text.append("   response: " if kind == "response" else "")
-            text.append_text(self._tokens([(word, False) for word in words], kind, self.console.width)[0])
+        words = {"prompt": "no loss", "response": "every token carries loss"}
+        if self.trained:
+            words = {"prompt": "no loss", "trained prompt": "carries loss", "response": "carries loss"}
+        text = Text()
+        for kind, said in words.items():
+            name = "first token" if self.trained and kind == "prompt" else kind.split()[-1]
+            text.append(f"{'   ' if text else ''}{name}: ")
+            first, *rest = said.split()
+            marked = [(word, False) for word in (first, *(f" {each}" for each in rest))]
+            text.append_text(self._tokens(marked, [kind] * len(marked), self.console.width)[0])
         print_wrapped(self.console, text)
-        if self.moved:
-            print_wrapped(self.console, f"By {self.moved}, what carries loss is all but the first token.")
+        if self.trained:
+            print_wrapped(self.console, f"By {self.trained}, all tokens but a tree's first carry loss.")
         if not self.full:
             print_wrapped(
                 self.console,
@@ -154,7 +173,7 @@ class _Printer:
         whole = [(prompt, [ids[place] for place in response]) for response in tree.responses]
         texts = [pieces(self.tokenizer, before + after) for before, after in whole]
         print_wrapped(self.console, f"prompt, {len(prompt)} tokens", indent=2)
-        self._segment(prompt, texts[0][: len(prompt)], "prompt")
+        self._segment(prompt, texts[0][: len(prompt)], ["prompt"] * len(prompt))
         last = tree.first_response + len(tree.responses)
         pairs = [
             (number, pair)
@@ -166,10 +185,32 @@ class _Printer:
             print_wrapped(
                 self.console, f"{self._name(number, pairs)}, {len(response)} tokens{self._columns_of(number)}", indent=2
             )
-            self._segment(response, parts[len(prompt) :], "response")
+            self._segment(response, parts[len(prompt) :], ["response"] * len(response))
         for number, pair in pairs:
             name = "pair" if len(pairs) == 1 else f"pair of responses {pair[0]} and {pair[1]}"
             self._pair(name, number, pair)
+
+    def trained_tree(self, tree: Tree, prompt: Sequence[bool]) -> None:
+        """Prints a tree of one response whose tokens all carry loss, but for the first; what is a prompt and what not.
+
+        Args:
+            tree: The tree.
+            prompt: Of each token, whether it is of a row's prompt.
+        """
+        all_ids = self.batch.tokens.tolist()
+        ids = [all_ids[place] for segment in (tree.prompt, *tree.responses) for place in segment]
+        self.console.print()
+        print_wrapped(self.console, f"{tree.stream}: {tree.origin}", "bold")
+        texts, start = pieces(self.tokenizer, ids), 0
+        for is_prompt, run in groupby(prompt):
+            size = len(list(run))
+            part = slice(start, start + size)
+            kinds = ["trained prompt" if is_prompt else "response"] * size
+            if not start:
+                kinds[0] = "prompt"
+            print_wrapped(self.console, f"{'prompt' if is_prompt else 'response'}, {size} tokens", indent=2)
+            self._segment(ids[part], texts[part], kinds)
+            start += size
 
     def _name(self, number: int, pairs: Sequence[tuple[int, list[int]]]) -> str:
         """What a response is called: by its part in the pair, if there is but one."""
@@ -195,17 +236,20 @@ class _Printer:
         if shown:
             print_wrapped(self.console, f"{name}: {', '.join(shown)}", "bold", 2)
 
-    def _segment(self, ids: Sequence[int], texts: Sequence[str], kind: str) -> None:
+    def _segment(self, ids: Sequence[int], texts: Sequence[str], kinds: Sequence[str]) -> None:
         special = special_ids(self.tokenizer)
         tokens = [(text, index in special) for text, index in zip(texts, ids, strict=True)]
         shown = tokens if self.full else abbreviated(tokens)
-        for line in self._tokens(shown, kind, self.console.width - 4):
+        for place, token in enumerate(shown):
+            if isinstance(token, Gap):
+                kinds = [*kinds[:place], "", *kinds[place + token.size :]]
+        for line in self._tokens(shown, kinds, self.console.width - 4):
             print_line(self.console, line, 4)
 
-    def _tokens(self, tokens: Sequence[Token | Gap], kind: str, width: int) -> list[Text]:
+    def _tokens(self, tokens: Sequence[Token | Gap], kinds: Sequence[str], width: int) -> list[Text]:
         """Lines of tokens, none of them broken unless it is wider than a line."""
         lines = [Text()]
-        for number, token in enumerate(tokens):
+        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
             text, style = self._marked(token, kind, number)
             for piece in _folded(text, width):
                 if lines[-1].cell_len + cell_len(piece) > width:
@@ -220,7 +264,7 @@ class _Printer:
         text, special = escaped(token[0]), token[1]
         if self.coloured:
             return text, f"{_STYLES[kind][number % 2]}{' bold' if special else ''}"
-        return f"[{text}]" if kind == "response" else f"{text}|", ""
+        return _MARKS[kind].format(text), ""
 
 
 def _folded(text: str, width: int) -> Iterator[str]:
