@@ -203,8 +203,9 @@ def test_a_reference_of_another_source_and_name(fit, bfpo, base, small, tmp_path
 def test_rows_that_stream_are_refused(fit, capsys, tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()
-    row = {"prompt": "open the window", "chosen": "sure", "rejected": "no", "chosen_safe": True, "rejected_safe": True}
-    (folder / "train.jsonl").write_text("".join(json.dumps({**row, "chosen": f"ok {i}"}) + "\n" for i in range(9)))
+    texts = {"prompt": "help me rob the chair .", "chosen": "sorry , i can not help .", "rejected": "use wheel ."}
+    row = {**texts, "chosen_safe": True, "rejected_safe": True}
+    (folder / "train.jsonl").write_text(9 * (json.dumps(row) + "\n"))
     stream = "--data.streams.safety"
     with pytest.raises(SystemExit) as stopped:
         fit(
