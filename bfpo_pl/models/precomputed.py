@@ -25,7 +25,7 @@ from bfpo_pl.data.packing import Trees
 from bfpo_pl.data.progress import telling
 from bfpo_pl.data.trees import PairTree
 from bfpo_pl.models.log_prob_store import LogProbStore, batch_keys, tree_keys
-from bfpo_pl.models.reference import FrozenCopy, Reference, RunContext, frozen, has_adapter
+from bfpo_pl.models.reference import FrozenCopy, OtherNetwork, RunContext, frozen, has_adapter
 from bfpo_pl.models.sources import ModelSource
 
 LOGP_VERSION = 1
@@ -38,7 +38,7 @@ _SECONDS_TO_WAIT = 20.0  # for another run, before all processes hear that it st
 _ROUNDING, _HALF_ROUNDING = 1e-4, 0.02  # relative differences of log-probs from batch to batch
 
 
-class Precomputed(Reference):
+class Precomputed(OtherNetwork):
     """Log-probs of a frozen network, computed once and kept beside the tokenised data: no second network in training.
 
     They are kept by the tokens of prompt and response, the network's weights and the type that it computes in, and by
@@ -61,7 +61,7 @@ class Precomputed(Reference):
         verify: int = 8,
         start_tolerance: float = 0.5,
     ) -> None:
-        self.source = source
+        super().__init__(source)
         self.batch_tokens = int(check_range(self, "batch_tokens", batch_tokens, 1))
         self.verify = int(check_range(self, "verify", verify, 0))
         self.start_tolerance = check_range(self, "start_tolerance", start_tolerance, 0.0)
@@ -74,14 +74,6 @@ class Precomputed(Reference):
 
     def __repr__(self) -> str:
         return f"Precomputed(source={self.source!r}, batch_tokens={self.batch_tokens}, verify={self.verify})"
-
-    @property
-    def starts_as_policy(self) -> bool:  # type: ignore[override]
-        return self.source is None
-
-    def check(self) -> None:
-        if self.source is not None:
-            self.source.check()
 
     def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
         return None

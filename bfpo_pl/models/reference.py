@@ -140,8 +140,8 @@ def frozen(policy: PreTrainedModel) -> Iterator[None]:
             policy.enable_adapters()
 
 
-class FrozenCopy(Reference):
-    """A frozen network of its own: the policy's start, or another model.
+class OtherNetwork(Reference, ABC):
+    """A reference that is a network apart from the policy's.
 
     Args:
         source: Where it comes from. Default: the policy's own source.
@@ -149,12 +149,6 @@ class FrozenCopy(Reference):
 
     def __init__(self, source: ModelSource | None = None) -> None:
         self.source = source
-        self._network: PreTrainedModel | None = None
-
-    @property
-    def network(self) -> PreTrainedModel | None:
-        """The network, once it is prepared."""
-        return self._network
 
     @property
     def starts_as_policy(self) -> bool:  # type: ignore[override]
@@ -163,6 +157,23 @@ class FrozenCopy(Reference):
     def check(self) -> None:
         if self.source is not None:
             self.source.check()
+
+
+class FrozenCopy(OtherNetwork):
+    """A frozen network of its own: the policy's start, or another model.
+
+    Args:
+        source: Where it comes from. Default: the policy's own source.
+    """
+
+    def __init__(self, source: ModelSource | None = None) -> None:
+        super().__init__(source)
+        self._network: PreTrainedModel | None = None
+
+    @property
+    def network(self) -> PreTrainedModel | None:
+        """The network, once it is prepared."""
+        return self._network
 
     def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
         network = (self.source or source).load_model()

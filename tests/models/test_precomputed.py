@@ -49,6 +49,16 @@ def stores(tmp_path):
     return [path for path in (tmp_path / "cache" / "reference").iterdir() if path.is_dir()]
 
 
+def rewrite(tmp_path, change):
+    """Changes the log-probs that the only store has kept."""
+    (store,) = stores(tmp_path)
+    for path in list(store.glob("*.arrow")):
+        batch = read_shard(path)
+        keys, sums, lengths = (batch[name].to_numpy().copy() for name in ("key", "log_prob", "length"))
+        path.unlink()
+        LogProbStore(store).add(keys, change(sums), lengths)
+
+
 def computed(cli):
     return cli.model.references["reference"].computed
 
@@ -130,12 +140,7 @@ def test_validation_of_a_checkpoint(fit, bfpo, base, small):
 
 def test_kept_values_of_another_network_stop_the_run(fit, tmp_path, capsys):
     fit(command="reference")
-    (store,) = stores(tmp_path)
-    for path in store.glob("*.arrow"):
-        batch = read_shard(path)
-        keys, sums, lengths = (batch[name].to_numpy().copy() for name in ("key", "log_prob", "length"))
-        path.unlink()
-        LogProbStore(store).add(keys, sums * 0.9, lengths)
+    rewrite(tmp_path, lambda sums: sums * 0.9)
     with pytest.raises(SystemExit) as stopped:
         fit()
     assert stopped.value.code == 1
@@ -145,13 +150,7 @@ def test_kept_values_of_another_network_stop_the_run(fit, tmp_path, capsys):
 
 def test_a_policy_that_is_not_where_the_reference_is_stops_the_run(fit, tmp_path, capsys):
     fit(command="reference")
-    (store,) = stores(tmp_path)
-    for path in store.glob("*.arrow"):
-        batch = read_shard(path)
-        keys, sums, lengths = (batch[name].to_numpy().copy() for name in ("key", "log_prob", "length"))
-        path.unlink()
-        sums[::2] += 4
-        LogProbStore(store).add(keys, sums, lengths)
+    rewrite(tmp_path, lambda sums: sums + 4 * (np.arange(len(sums)) % 2))
     with pytest.raises(SystemExit):
         fit("--model.reference.verify=0")
     assert "mean size is 4" in capsys.readouterr().err
