@@ -105,5 +105,5 @@ def _fit(panel: Any, fit: dict[str, Any] | None) -> None:
     top = 1.05 * max(*predicted, *fit["seconds"])
     panel.plot([0, top], [0, top], color="#999999", linewidth=1)
     panel.scatter(predicted, fit["seconds"], color=COLOURS["ours"], s=18)
-    panel.set(xlabel="a + b · tree tokens + c · response tokens, s", ylabel="measured, s", xlim=(0, top), ylim=(0, top))
+    panel.set(xlabel="a + b · tree + c · response tokens, s", ylabel="measured, s", xlim=(0, top), ylim=(0, top))
     panel.set_title(f"Our step: R² = {fit['r_squared']:.3f}")

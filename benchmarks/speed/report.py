@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from speed import summary
 from speed.picture import draw
 from speed.variants import OURS, PEER
 
@@ -20,7 +21,10 @@ NAMES = {
 
 def write(root: Path) -> None:
     """Writes tables and picture from benchmarks/results/step_cpu.json, and a table for each GPU result there is."""
-    results = json.loads((root / "benchmarks/results/step_cpu.json").read_text())
+    path = root / "benchmarks/results/step_cpu.json"
+    results = json.loads(path.read_text())
+    results["summary"] = summary.of(results)
+    path.write_text(json.dumps(results, indent=1) + "\n")
     text = [_tables(results)]
     for path in sorted((root / "benchmarks/results").glob("step_cuda_*.json")):
         text.append(f"### {path.stem}\n\n" + _gpu_table(json.loads(path.read_text())))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from bfpo_pl.batch import PairBatch
+from bfpo_pl.models.attention import Varlen
+from bfpo_pl.models.segment_attention import device_obstacle
 from speed import trl_peer
 from speed.steps import Naive, Ours, Setting, Step, attention_classes
 from speed.workload import SHAPES, Lengths, RandomModel, batch_of, drawn
@@ -61,6 +65,8 @@ def _obstacle(kind: type, device: str) -> str | None:
         prepared = backend.prepare(model)
         if type(prepared) is not kind:
             return f"{type(prepared).__name__} takes its place"
+        if kind is Varlen and (reason := device_obstacle(torch.device(device))) is not None:
+            return f"{reason}: Unfold takes its place"
         prepared.predicting_states(model.base_model, batch).float().sum().backward()
     except Exception as error:  # whatever a class of someone else's does
         return f"{type(error).__name__}: {error}"[:300]
