@@ -7,6 +7,7 @@ import inspect
 import secrets
 import shutil
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -260,6 +261,7 @@ class CheckedRows:
         """What is wrong with the bad ones, in order."""
         self._names = [name for name in sorted(manifest["files"]) if name.startswith("rows-")]
         self.offsets = np.cumsum([0, *(len(shard) for shard in self._shards)])
+        self._offsets: list[int] = self.offsets.tolist()  # many times faster to look a single index up in
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CheckedRows, (self.folder,)
@@ -272,8 +274,8 @@ class CheckedRows:
         return [read_shard(self.folder / name) for name in self._names]
 
     def _place(self, index: int) -> tuple[pa.RecordBatch, int]:
-        number = int(np.searchsorted(self.offsets, index, side="right")) - 1
-        return self._shards[number], int(index - self.offsets[number])
+        number = bisect_right(self._offsets, index) - 1
+        return self._shards[number], index - self._offsets[number]
 
     def origin(self, index: int) -> str:
         """Where a row came from."""

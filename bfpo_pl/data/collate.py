@@ -44,6 +44,9 @@ def collate(
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(lengths.sum()) - np.repeat(starts - np.array(layout.first_positions, np.int64), lengths)
     tokens = np.concatenate([np.zeros(0, np.int64), *layout.segments], dtype=np.int64)
+    responses, prompts = (
+        lengths[np.array(table, np.int64)] for table in (layout.response_segment, layout.prompt_segment)
+    )
     return PairBatch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
@@ -61,6 +64,11 @@ def collate(
         ),
         streams=tuple(streams),
         origins=tuple(tree.origin for tree in trees),
+        max_length=int((responses + prompts).max(initial=0)),
+        response_tokens=int(responses.sum()),
+        most_responses=max((len(tree.response_ids) for tree in trees), default=0),
+        key_tokens=int(responses.sum() + prompts.sum()),
+        in_order=True,
     )
 
 

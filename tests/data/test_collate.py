@@ -1,5 +1,7 @@
+import dataclasses
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,3 +56,18 @@ def test_pickles():
     collator = pickle.loads(pickle.dumps(Collator(("a", "b"), (1.0, 1.0), ("safe",), ("gap",))))
     batch = pickle.loads(pickle.dumps(collator([(0, PAIR), (1, TREE)])))
     assert batch.pairs.tolist() == [[0, 1], [4, 2], [3, 2]]
+
+
+@pytest.mark.parametrize("ks", [(), (1,), (2, 2), (3, 1, 2)], ids=str)
+def test_plain_numbers_of_a_batch_are_those_that_its_tables_give(ks):
+    generator = np.random.default_rng(0)
+    trees = [
+        PairTree([5] * int(generator.integers(1, 9)), [[7] * int(generator.integers(1, 9)) for _ in range(k)])
+        for k in ks
+    ]
+    batch = collate([(0, tree) for tree in trees], ["only"], [1.0])
+    names = ("max_length", "response_tokens", "most_responses", "key_tokens", "in_order")
+    again = dataclasses.replace(
+        batch, max_length=-1, response_tokens=-1, most_responses=-1, key_tokens=-1, in_order=False
+    )
+    assert [getattr(batch, name) for name in names] == [getattr(again, name) for name in names]
