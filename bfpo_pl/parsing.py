@@ -216,7 +216,8 @@ class BFPOCLI(LightningCLI):
         if rows and not any(name.startswith("val/") for name in self.trainer.callback_metrics):
             rank_zero_info(
                 f"Validation never ran on its {rows} rows: this run ended before the first (trainer.val_check_interval "
-                f"steps; where that is null, the end of an epoch). Set it lower, or run `bfpo validate -c {self.run_folder}/config.yaml --ckpt_path CHECKPOINT`."
+                f"steps; where that is null, the end of an epoch). Set it lower, or run `bfpo validate -c "
+                f"{self.run_folder}/config.yaml --ckpt_path CHECKPOINT`."
             )
         self._show_validation()
 
