@@ -147,7 +147,7 @@ def execute(arguments: list[str], folder: Path) -> str:
         "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=900, env=environment)
     log = done.stdout + done.stderr
     assert done.returncode == 0, f"{' '.join(arguments)}\n{log[-6000:]}"
     return log
