@@ -101,13 +101,12 @@ class Precomputed(OtherNetwork):
         self._column, self._mean = f"{name}_log_prob", run.reduction == "mean"
         self._dtype = torch.promote_types(run.policy.dtype, torch.float32)
         folder = run.cache / "reference" / run.strategy.broadcast(self._key(run) if run.rank == 0 else "")
-        self._store = LogProbStore(folder)
         rows = _Rows(run.rows)
-        verified = self._some_kept(rows, run)
         began = time.perf_counter()
         with _sole(folder, run):
-            self._store.read()
-            missing = np.flatnonzero(self._missing(rows, run))
+            self._store = LogProbStore(folder)
+            lacking = self._missing(rows, run)
+            missing, verified = np.flatnonzero(lacking), self._some_of(np.flatnonzero(~lacking), run)
             if len(missing) or len(verified):
                 with self._network(run) as network:
                     self._verify(rows, verified, network, run)
@@ -130,18 +129,22 @@ class Precomputed(OtherNetwork):
         lacking = np.add.reduceat(~known, rows.first).astype(np.int64) if len(rows) else np.zeros(0, dtype=np.int64)
         return run.total(lacking) > 0
 
-    def _some_kept(self, rows: _Rows, run: RunContext) -> np.ndarray:
-        """Rows to compute again."""
-        if self.source is None and not (run.policy_is_start or has_adapter(run.policy)):
+    @staticmethod
+    def _policy_has_it(run: RunContext) -> bool:
+        """Whether the policy still has the weights of its source: it is untrained, or an adapter is what trains."""
+        return run.policy_is_start or has_adapter(run.policy)
+
+    def _some_of(self, kept: np.ndarray, run: RunContext) -> np.ndarray:
+        """Rows to compute again, of those that are kept."""
+        if self.source is None and not self._policy_has_it(run):
             return np.zeros(0, dtype=np.int64)  # a run that goes on: when it began they were verified
-        kept = np.flatnonzero(~self._missing(rows, run))
         drawn = np.random.default_rng().choice(kept, min(self.verify, len(kept)), replace=False)
         return np.array(run.strategy.broadcast(np.sort(drawn).tolist()), dtype=np.int64)
 
     @contextmanager
     def _network(self, run: RunContext) -> Iterator[Callable[[PairBatch], Tensor]]:
         """What gives log-probs under the reference, summed over tokens."""
-        if self.source is None and (run.policy_is_start or has_adapter(run.policy)):
+        if self.source is None and self._policy_has_it(run):
             with frozen(run.policy):
                 policy: Any = run.policy
                 yield partial(policy.response_log_probs, reduction="sum")
