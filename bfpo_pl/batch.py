@@ -7,7 +7,7 @@ Everything downstream of the data speaks in these four dataclasses. Shapes use t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,52 @@ class Annotations:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What the micro-batches of one optimizer step have on this process, as far as denominators need it.
+
+    Args:
+        annotations: Those of all micro-batches, one after the other.
+        pair_stream: ``[P]`` int64, index of each pair's stream.
+        response_stream: ``[R]`` int64, index of each response's stream.
+        response_lengths: ``[R]`` int64, tokens in each response.
+        size: Micro-batches that a step has; the last step of an epoch may have fewer.
+    """
+
+    annotations: Annotations
+    pair_stream: Tensor
+    response_stream: Tensor
+    response_lengths: Tensor
+    size: int
+
+    @classmethod
+    def of(cls, batches: Sequence[PairBatch], size: int | None = None) -> Window:
+        """The window that some micro-batches make.
+
+        Args:
+            batches: The micro-batches, all with the same columns.
+            size: Micro-batches that a step has. Default: as many as there are.
+        """
+        tables = [batch.annotations for batch in batches]
+        counts = [len(batch) for batch in batches]
+        firsts = [sum(counts[:index]) for index in range(len(counts))]
+        return cls(
+            annotations=Annotations(
+                pairs=torch.cat([table.pairs + first for table, first in zip(tables, firsts, strict=True)]),
+                response={name: torch.cat([table.response[name] for table in tables]) for name in tables[0].response},
+                pair={name: torch.cat([table.pair[name] for table in tables]) for name in tables[0].pair},
+            ),
+            pair_stream=torch.cat([batch.pair_stream for batch in batches]),
+            response_stream=torch.cat([batch.response_stream for batch in batches]),
+            response_lengths=torch.cat([batch.response_lengths for batch in batches]),
+            size=len(batches) if size is None else size,
+        )
+
+    def pin_memory(self) -> Window:
+        """The window in page-locked memory."""
+        return _mapped(self, Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
 class PairBatch:
     """A batch of pair trees: each prompt once, then its responses, which attend to it and not to each other.
 
@@ -120,6 +166,7 @@ class PairBatch:
         most_responses: Responses of the prompt that has most, likewise.
         key_tokens: Tokens of all responses together, each with its prompt, likewise.
         in_order: Whether the tokens are those of each prompt followed by its responses, and of nothing else, likewise.
+        window: What all micro-batches of the optimizer step have, where gradients are accumulated.
     """
 
     tokens: Tensor
@@ -139,6 +186,7 @@ class PairBatch:
     most_responses: int = -1
     key_tokens: int = -1
     in_order: bool = False
+    window: Window | None = None
 
     def __post_init__(self) -> None:
         if self.response_tokens < 0:

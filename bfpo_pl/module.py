@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from bfpo_pl.batch import REFERENCE, Label, LogProbs, PairBatch, Requirements, membership
+from bfpo_pl.batch import REFERENCE, Label, LogProbs, PairBatch, Requirements, Window, membership
 from bfpo_pl.component import RunError, UserError
 from bfpo_pl.labeling import LabelingFunction
 from bfpo_pl.losses import AuxiliaryLoss, PreferenceLoss
@@ -216,16 +216,24 @@ class PreferenceModule(ResponseModule):
         losses = self.loss(log_probs, label)
         if self.auxiliary is not None:
             losses = losses + self.auxiliary(log_probs, batch.annotations)
-        stream = batch.pair_stream if self.loss.unit == "pair" else batch.response_stream
-        return Objective(self._sum_over_streams(losses, label.weights, stream, batch), losses, label, log_probs)
+        return Objective(self._sum_over_streams(losses, label.weights, batch), losses, label, log_probs)
 
-    def _sum_over_streams(self, losses: Tensor, weights: Tensor, stream: Tensor, batch: PairBatch) -> Tensor:
+    def _sum_over_streams(self, losses: Tensor, weights: Tensor, batch: PairBatch) -> Tensor:
         """Σ over streams of stream weight · reduction over the stream's units: the paper adds the streams' means."""
-        member = membership(stream, len(batch.streams)).to(losses.dtype)  # [K, N]
-        stream_weights = member * weights
-        counts = self.mean_over_ranks((stream_weights > 0).sum(dim=1).to(losses.dtype))
+        stream_weights = self._by_stream(weights, batch, len(batch.streams))  # [K, N]
+
+        def count(part: PairBatch | Window) -> Tensor:
+            of_part = weights if part is batch else self.labeling(part.annotations).weights
+            return (self._by_stream(of_part, part, len(batch.streams)) > 0).sum(dim=1).to(losses.dtype)
+
+        counts = self.mean_over_step(count, batch)
         reduced = [self.pair_reduction(losses, stream_weights[k], counts[k]) for k in range(len(batch.streams))]
         return (torch.stack(reduced) * batch.stream_weight.to(losses.dtype)).sum()
+
+    def _by_stream(self, weights: Tensor, part: PairBatch | Window, streams: int) -> Tensor:
+        """``[K, N]``, the weights of units in the row of their stream, 0 elsewhere."""
+        stream = part.pair_stream if self.loss.unit == "pair" else part.response_stream
+        return membership(stream, streams).to(weights.dtype) * weights
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         if not self._start_checked and self.trainer.global_step == 0:

@@ -19,8 +19,9 @@ class PairReduction(Component, ABC):
         Args:
             losses: ``[N]``, losses of the stream's units on this process; N may be 0.
             weights: ``[N]`` ≥ 0; units of weight 0 are dropped.
-            count: Scalar, how many units of positive weight the stream has, averaged over the processes. Since
-                gradients are averaged over processes too, dividing by it gives the mean over all of them.
+            count: Scalar, how many units of positive weight the stream has in the whole optimizer step, averaged over
+                the processes and over the micro-batches that are accumulated. Since gradients are averaged over both
+                too, dividing by it gives the mean over all units.
 
         Returns:
             A scalar attached to the graph of ``losses``; 0 where no unit is left.

@@ -58,7 +58,11 @@ class SFTModule(ResponseModule):
         """The scalar loss, Σ over streams of weight · NLL / tokens, and the NLL of each response ``[R]``."""
         nll = -self.log_probs_of(batch)
         member = membership(batch.response_stream, len(batch.streams)).to(nll.dtype)  # [K, R]
-        tokens = self.mean_over_ranks(member @ batch.response_lengths.to(nll.dtype))
+        tokens = self.mean_over_step(
+            lambda part: membership(part.response_stream, len(batch.streams)).to(nll.dtype)
+            @ part.response_lengths.to(nll.dtype),
+            batch,
+        )
         loss = (batch.stream_weight.to(nll.dtype) * (member @ nll) / tokens.clamp(min=1e-12)).sum()
         return loss, nll
 

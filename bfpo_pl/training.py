@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bfpo_pl.batch import PairBatch
+from bfpo_pl.batch import PairBatch, Window
 from bfpo_pl.component import RunError, UserError, check_range
 from bfpo_pl.models.attention import AttentionBackend, Auto
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
@@ -163,6 +164,29 @@ class ResponseModule(LightningModule):
         # Not by the strategy, whose reduce begins with a barrier: the host would wait for the device in every step.
         torch.distributed.all_reduce(values)
         return values / self.trainer.world_size
+
+    def mean_over_step(self, count: Callable[[PairBatch | Window], Tensor], batch: PairBatch) -> Tensor:
+        """A count of an optimizer step's data, averaged over processes and the micro-batches that are accumulated.
+
+        Lightning divides every micro-batch's loss by their number, and gradients are averaged over processes: a sum of
+        losses over this count comes to the mean over the whole step, however unequal its parts are.
+
+        Args:
+            count: Counts what a batch has, or the whole window of micro-batches on this process.
+            batch: The micro-batch at hand.
+
+        Raises:
+            UserError: The number of micro-batches changes during the run.
+        """
+        window = batch.window
+        if window is None:
+            return self.mean_over_ranks(count(batch))
+        if self._trainer is not None and window.size != self.trainer.accumulate_grad_batches:
+            raise UserError(
+                f"This step accumulates {self.trainer.accumulate_grad_batches} batches, and the data was laid out for "
+                f"{window.size}: set trainer.accumulate_grad_batches, once, instead of a callback that changes it."
+            )
+        return self.mean_over_ranks(count(window)) / window.size
 
     def check_head(self, batch: PairBatch) -> None:
         """Compares the head's logits and the attention with the model's own on a few tokens, once.

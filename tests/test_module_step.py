@@ -1,5 +1,6 @@
 """The training step against plain PyTorch written here, and its guards; always in a real Trainer."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bfpo_pl.batch import Label, Requirements
+from bfpo_pl.batch import Label, Requirements, Window
 from bfpo_pl.component import UserError
 from bfpo_pl.data.collate import collate
 from bfpo_pl.data.datamodule import AlignmentData
@@ -331,7 +332,55 @@ def test_squared_with_helpfulness_only_is_sum_ipo_over_twenty_steps(tmp_path):
     assert_same_weights(weights_of(module.policy), weights_of(policy), 1e-8)
 
 
+def windows(micro_batches, size):
+    """Each batch with the window of its optimizer step, as the loader gives it."""
+    whole = [micro_batches[i : i + size] for i in range(0, len(micro_batches), size)]
+    return [dataclasses.replace(batch, window=Window.of(part, size)) for part in whole for batch in part]
+
+
+def one_module(kind):
+    if kind == "sft":
+        return SFTModule(Tiny(), sgd, schedule=Constant(warmup=0))
+    labeling = SafetyOnly() if kind == "pairs are dropped" else None
+    return module_of(labeling, optimizer=sgd, schedule=Constant(warmup=0))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "pairs are dropped", "sft"])
+def test_accumulating_unequal_batches_equals_the_batch_of_them_all(tmp_path, kind):
+    """Micro-batches of other sizes, some without a row of one stream, and a last step that has one less of them."""
+    generator = torch.Generator().manual_seed(5)
+    counts = [(1, 3), (2, 0), (4, 1), (0, 2), (1, 1), (3, 2), (2, 1), (1, 4)]
+    parts = [[(k, tree(generator)) for k in (0, 1) for _ in range(pair[k])] for pair in counts]
+    whole = [[item for part in parts[i : i + 3] for item in part] for i in range(0, 8, 3)]
+    accumulated, large = one_module(kind), one_module(kind)
+    trainer = fit(
+        accumulated,
+        windows([batch_of(part) for part in parts], 3),
+        tmp_path,
+        steps=3,
+        accumulate_grad_batches=3,
+        gradient_clip_val=0.5,
+    )
+    fit(large, [batch_of(items) for items in whole], tmp_path, steps=3, gradient_clip_val=0.5)
+    assert trainer.global_step == 3
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.processed == 8
+    assert_same_weights(weights_of(accumulated.policy), weights_of(large.policy), 1e-12)
+    start = weights_of(Tiny().load_model())
+    assert (weights_of(large.policy)["lm_head.weight"] - start["lm_head.weight"]).abs().max() > 1e-3
+
+
+def test_a_number_of_accumulated_batches_that_changes_is_refused(tmp_path):
+    batches = windows([batch_of(trees_of(2))] * 4, 2)
+    with pytest.raises(UserError, match="accumulates 4 batches, and the data was laid out for 2"):
+        fit(module_of(), batches, tmp_path, steps=1, accumulate_grad_batches=4)
+
+
 def test_accumulating_two_batches_equals_the_double_batch(tmp_path):
+    """By Lightning alone, which takes the mean over micro-batches, where they are alike."""
     generator = torch.Generator().manual_seed(5)
     quarters = [[(stream, tree(generator)) for stream in (0, 1) for _ in range(2)] for _ in range(8)]
     whole = [quarters[i] + quarters[i + 1] for i in range(0, 8, 2)]

@@ -292,7 +292,7 @@ class AlignmentData(LightningDataModule):
 
     # ------------------------------------------------------------------ loaders
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Loader:
         """Batches with every stream's rows, from the place to resume from."""
         rank, world = rank_and_world(self.trainer)
         trees = {name: self._trees["train"][name] for name in self.streams}  # sources that stream came last
@@ -309,7 +309,9 @@ class AlignmentData(LightningDataModule):
         limit = getattr(self.trainer, "limit_train_batches", 1.0)
         repeat = getattr(self.trainer, "overfit_batches", 0) > 0
         self._sampler = StreamSampler(batches, rank, self._consumed, limit, repeat)
-        return self._loader("train", self._sampler)
+        loader = self._loader("train", self._sampler)
+        loader.accumulated = lambda: getattr(self.trainer, "accumulate_grad_batches", 1)
+        return loader
 
     @property
     def why_length_unknown(self) -> str:
@@ -327,7 +329,7 @@ class AlignmentData(LightningDataModule):
         sizes = [(names.index(name), len(rows)) for name, rows in trees.items() if not isinstance(rows, StreamingRows)]
         return self._loader("validation", SequentialSampler(sizes, self.validation_batch_size, rank, world))
 
-    def _loader(self, split: str, sampler: Sampler) -> DataLoader:
+    def _loader(self, split: str, sampler: Sampler) -> Loader:
         trees, tables = self._trees[split], self._columns[split].values()
         response, pair = (set.intersection(*(table[kind] for table in tables)) for kind in (0, 1))
         weights = tuple(float(stream.weight) for stream in self.streams.values())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from bfpo_pl.batch import Window
 from bfpo_pl.component import UserError
 from bfpo_pl.data.collate import Item
 from bfpo_pl.data.packing import Trees
@@ -139,12 +141,29 @@ class Loader(DataLoader):
     waited = 0.0
     """Seconds that training has waited for batches, over all epochs."""
 
+    accumulated: Callable[[], int] = staticmethod(lambda: 1)
+    """Gives the number of micro-batches of an optimizer step, when the first of them is asked for."""
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """The batches.
+        """The batches; where a step has several, each knows what all of them have, for the loss's denominators.
 
         Raises:
             UserError: The data cannot be used; of the class that it has in the worker that found out.
         """
+        batches = self._batches()
+        while True:
+            size = self.accumulated()
+            together = list(islice(batches, size))
+            if not together:
+                return
+            if size == 1:
+                yield together[0]
+                continue
+            window = Window.of(together, size)
+            window = window.pin_memory() if self.pin_memory else window
+            yield from (replace(batch, window=window) for batch in together)
+
+    def _batches(self) -> Iterator[Any]:
         batches = super().__iter__()
         while True:
             began = time.perf_counter()

@@ -52,6 +52,27 @@ def test_two_streams_in_every_batch():
     assert validation.origins[0] == "MicroworldSafety[validation]:0"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_one_optimizer_step_know_each_other(workers):
+    data = ready({"safety": safety(18), "help": helpfulness(assume_safe=True)}, num_workers=workers)
+    plain = list(data.train_dataloader())
+    loader = data.train_dataloader()
+    loader.accumulated = lambda: 2
+    batches = list(loader)
+    assert [batch.origins for batch in batches] == [batch.origins for batch in plain]
+    assert [len(batch.pairs) for batch in batches] == [7, 7, 7, 7, 5]
+    assert [plain[i].window for i in range(5)] == [None] * 5
+    for group in ([0, 1], [2, 3], [4]):
+        for index in group:
+            window = batches[index].window
+            assert window.size == 2
+            for column in ("chosen_safe", "rejected_safe"):
+                expected = torch.cat([plain[i].annotations[column] for i in group])
+                assert torch.equal(window.annotations[column], expected)
+            assert torch.equal(window.pair_stream, torch.cat([plain[i].pair_stream for i in group]))
+            assert torch.equal(window.response_lengths, torch.cat([plain[i].response_lengths for i in group]))
+
+
 def test_streams_without_flags():
     data = ready({"safety": safety(), "help": helpfulness()})
     assert data.columns == set()

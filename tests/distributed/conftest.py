@@ -64,6 +64,9 @@ def streams(batch_size: int, *names: str) -> list[str]:
     return [*arguments, f"--data.validation_batch_size={2 * batch_size}"]
 
 
+# Epochs of micro-batches with 4, 4 and 1 rows of the driver: every second step has one micro-batch, of one row.
+ACCUMULATED = ["--trainer.accumulate_grad_batches=2", "--data.streams.safety.source.count=9"]
+
 METHODS = {
     "sgd": lambda q: [*("-c", str(ROOT / "configs/experiment/bfpo.yaml")), *SGD, *streams(q, "safety", "helpfulness")],
     "lora": lambda q: [
@@ -199,6 +202,11 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("single")
     jobs = {name: ["fit", *command(name, "single", folder / name)] for name in METHODS}
     jobs["sgd"] += [*EVALUATION, *GENERATION]
+    for method in ("sgd", "adamw"):
+        name = f"{method}-accumulated"
+        jobs[name] = ["fit", *command(method, "single", folder / name, *ACCUMULATED)]
+    rows = "--data.streams.safety.batch_size=8"
+    jobs["adamw-whole"] = ["fit", *command("adamw", "single", folder / "adamw-whole", ACCUMULATED[1], rows)]
     jobs["sft"] = sft("single", folder / "sft")
     return chain(jobs, folder, lambda arguments, cwd: execute([sys.executable, *arguments], cwd))
 
@@ -264,6 +272,9 @@ def chained(
         validated = f"{strategy}-validated"
         jobs[validated] = ["validate", *command("sgd", strategy, folder / validated), at(single["sgd"].folder, 10)]
         jobs[f"{strategy}-sft"] = sft(strategy, folder / f"{strategy}-sft")
+        for method in ("sgd", "adamw"):
+            name = f"{strategy}-{method}-accumulated"
+            jobs[name] = ["fit", *command(method, strategy, folder / name), *ACCUMULATED]
         lora, resumed = f"{strategy}-lora", f"{strategy}-lora-resumed"
         jobs[lora] = ["fit", *command("lora", strategy, folder / lora)]
         jobs[resumed] = ["fit", *command("lora", strategy, folder / resumed), at(folder / lora / "*/*")]

@@ -62,6 +62,27 @@ def test_training_metrics_agree_and_gradients_are_clipped(method, strategy, sing
     assert any("lr" in name for name in ours[1])
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("method", "tolerance"), [("sgd", 1e-6), ("adamw", 1e-5)])
+def test_accumulated_batches_agree_with_one_process(method, tolerance, strategy, single, chained):
+    run = chained[f"{strategy}-{method}-accumulated"]
+    found = difference(run.weights, single[f"{method}-accumulated"].weights)
+    print(f"{strategy} {method} accumulated: {found:.2e}, moved {moved(run.weights):.2e}")
+    assert found <= tolerance
+    assert moved(run.weights) > 1e-3
+    norms = [values["train/grad_norm"] for values in run.metrics("train/").values()]
+    assert len(norms) == 10
+    assert sum(norm > 0.5 for norm in norms) >= 5, "gradients are clipped"
+
+
+def test_accumulated_batches_agree_with_batches_twice_as_large(single):
+    """Through the real loader: the last step of each epoch has one micro-batch, of one row."""
+    found = difference(single["adamw-accumulated"].weights, single["adamw-whole"].weights)
+    print(f"accumulated against whole: {found:.2e}")
+    assert found <= 1e-5
+    assert moved(single["adamw-whole"].weights) > 1e-3
+
+
 def metrics_difference(ours, theirs):
     """Largest difference between two sets of metrics, relative where they are above 1."""
     ours, theirs = ({name: v for name, v in m.items() if "microworld" not in name} for m in (ours, theirs))
