@@ -7,7 +7,7 @@ from typing import Literal
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from bfpo_pl.batch import PairBatch, membership
+from bfpo_pl.batch import PairBatch, Window, membership
 from bfpo_pl.component import UserError
 from bfpo_pl.metrics import TokenMetrics
 from bfpo_pl.models.attention import AttentionBackend
@@ -58,11 +58,12 @@ class SFTModule(ResponseModule):
         """The scalar loss, Σ over streams of weight · NLL / tokens, and the NLL of each response ``[R]``."""
         nll = -self.log_probs_of(batch)
         member = membership(batch.response_stream, len(batch.streams)).to(nll.dtype)  # [K, R]
-        tokens = self.mean_over_step(
-            lambda part: membership(part.response_stream, len(batch.streams)).to(nll.dtype)
-            @ part.response_lengths.to(nll.dtype),
-            batch,
-        )
+
+        def count(part: PairBatch | Window) -> Tensor:
+            of_stream = membership(part.response_stream, len(batch.streams)).to(nll.dtype)
+            return of_stream @ part.response_lengths.to(nll.dtype)
+
+        tokens = self.mean_over_step(count, batch)
         loss = (batch.stream_weight.to(nll.dtype) * (member @ nll) / tokens.clamp(min=1e-12)).sum()
         return loss, nll
 

@@ -340,12 +340,12 @@ def windows(micro_batches, size):
 
 def one_module(kind):
     if kind == "sft":
-        return SFTModule(Tiny(), sgd, schedule=Constant(warmup=0))
+        return SFTModule(Tiny(), brisk_sgd, schedule=Constant(warmup=0))
     labeling = SafetyOnly() if kind == "pairs are dropped" else None
-    return module_of(labeling, optimizer=sgd, schedule=Constant(warmup=0))
+    return module_of(labeling, optimizer=brisk_sgd, schedule=Constant(warmup=0))
 
 
-def sgd(parameters):
+def brisk_sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.05)
 
 
