@@ -70,6 +70,8 @@ class PreferenceModule(ResponseModule):
         chunk_size: Response tokens that meet the vocabulary at once; fewer take less memory.
         activation_checkpointing: What the backward pass computes again, to save memory: none; selective, what lies
             between linear layers and attention, which costs little; full, all of each transformer block.
+        max_nonfinite_steps: Optimizer steps with a loss or gradient that is NaN or infinite which are skipped, and
+            counted, before the run stops. Default: it stops at the first.
     """
 
     def __init__(
@@ -88,9 +90,18 @@ class PreferenceModule(ResponseModule):
         attention: AttentionBackend | None = None,
         chunk_size: int = 4096,
         activation_checkpointing: Literal["none", "selective", "full"] = "none",
+        max_nonfinite_steps: int = 0,
     ) -> None:
         super().__init__(
-            policy, optimizer, schedule, trainable, attention, logp_reduction, chunk_size, activation_checkpointing
+            policy=policy,
+            optimizer=optimizer,
+            schedule=schedule,
+            trainable=trainable,
+            attention=attention,
+            logp_reduction=logp_reduction,
+            chunk_size=chunk_size,
+            activation_checkpointing=activation_checkpointing,
+            max_nonfinite_steps=max_nonfinite_steps,
         )
         self.labeling = labeling
         self.loss = loss
@@ -241,7 +252,7 @@ class PreferenceModule(ResponseModule):
             self._check_start(batch)
         self._start_checked = True
         objective = self.objective(batch)
-        self.watch_finite(objective.loss, batch)
+        self.guard.watch(objective.loss, batch.origins)
         self.log("loss", objective.loss.detach(), prog_bar=True, logger=False)
         if self._train_metrics is None:
             self._train_metrics = PreferenceMetrics(batch.streams).to(self.device)

@@ -29,6 +29,8 @@ class SFTModule(ResponseModule):
         chunk_size: Response tokens that meet the vocabulary at once; fewer take less memory.
         activation_checkpointing: What the backward pass computes again, to save memory: none; selective, what lies
             between linear layers and attention, which costs little; full, all of each transformer block.
+        max_nonfinite_steps: Optimizer steps with a loss or gradient that is NaN or infinite which are skipped, and
+            counted, before the run stops. Default: it stops at the first.
     """
 
     def __init__(
@@ -40,8 +42,19 @@ class SFTModule(ResponseModule):
         attention: AttentionBackend | None = None,
         chunk_size: int = 4096,
         activation_checkpointing: Literal["none", "selective", "full"] = "none",
+        max_nonfinite_steps: int = 0,
     ) -> None:
-        super().__init__(policy, optimizer, schedule, trainable, attention, "sum", chunk_size, activation_checkpointing)
+        super().__init__(
+            policy=policy,
+            optimizer=optimizer,
+            schedule=schedule,
+            trainable=trainable,
+            attention=attention,
+            logp_reduction="sum",
+            chunk_size=chunk_size,
+            activation_checkpointing=activation_checkpointing,
+            max_nonfinite_steps=max_nonfinite_steps,
+        )
         self._head_checked = False
         self._train_metrics: TokenMetrics | None
         self._val_metrics: TokenMetrics | None
@@ -72,7 +85,7 @@ class SFTModule(ResponseModule):
             self.check_head(batch)
             self._head_checked = True
         loss, nll = self.objective(batch)
-        self.watch_finite(loss, batch)
+        self.guard.watch(loss, batch.origins)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if self._train_metrics is None:
             self._train_metrics = TokenMetrics(batch.streams).to(self.device)

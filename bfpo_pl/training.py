@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -18,6 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bfpo_pl.batch import PairBatch, Window
 from bfpo_pl.component import RunError, UserError, check_range
+from bfpo_pl.data.loading import rank_and_world
+from bfpo_pl.guard import UpdateGuard
 from bfpo_pl.models.attention import AttentionBackend, Auto
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.checkpointing import Checkpointing, check_checkpointing, checkpoint_activations
@@ -27,10 +31,6 @@ from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import Everything, TrainablePart, parameter_counts
 from bfpo_pl.optimizers import clip_before_the_step, warn_of_lost_updates
 from bfpo_pl.schedules import Schedule, WarmupCosine
-
-
-class NonFiniteLossError(RunError):
-    """A loss was NaN or infinite; the update was not applied."""
 
 
 class HeadMismatchError(RunError):
@@ -59,6 +59,7 @@ class ResponseModule(LightningModule):
         logp_reduction: Literal["sum", "mean"],
         chunk_size: int,
         activation_checkpointing: Checkpointing,
+        max_nonfinite_steps: int,
     ) -> None:
         super().__init__()
         self.source = policy
@@ -72,8 +73,7 @@ class ResponseModule(LightningModule):
         self.activation_checkpointing = check_checkpointing(activation_checkpointing)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._float_buffers: dict[str, Tensor] = {}
-        self._nonfinite: Tensor | None = None
-        self._window_origins: list[str] = []
+        self.guard = UpdateGuard(int(check_range(self, "max_nonfinite_steps", max_nonfinite_steps, 0)))
         self._train_metrics: Metric | None = None
         self._val_metrics: Metric | None = None
 
@@ -213,29 +213,38 @@ class ResponseModule(LightningModule):
                 f"{discrepancy:.2g}): responses might see each other, so the run stops. Set model.attention to Padded."
             )
 
-    def watch_finite(self, loss: Tensor, batch: PairBatch) -> None:
-        """Notes, without waiting for the device, whether a loss is finite, and whose rows it came from."""
-        bad = ~torch.isfinite(loss.detach())
-        self._nonfinite = bad if self._nonfinite is None else self._nonfinite | bad
-        self._window_origins.extend(batch.origins)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seeds what is random in this batch (dropout): a run that goes on later draws what this one would have."""
+        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        number = total.processed
+        rank, _ = rank_and_world(self.trainer)
+        seed = int(os.environ.get("PL_GLOBAL_SEED") or 0)
+        torch.manual_seed(int(np.random.SeedSequence([seed, number, rank]).generate_state(1, np.uint64)[0] >> 1))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Reads the flag once an optimizer step, before the update applies.
+        """Looks at losses and gradients before the update applies.
 
         Raises:
-            NonFiniteLossError: A loss of this window was not finite on some rank.
+            NonFiniteError: One was not finite on some rank, and no more steps may be skipped.
         """
-        flag, origins = self._nonfinite, self._window_origins
-        self._nonfinite, self._window_origins = None, []
-        if flag is None:
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self.guard.decide(named, self.trainer.global_step, self.mean_over_ranks, check_gradients=not scaled)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the norm that the guard has taken already, or by value."""
+        if not gradient_clip_val:
             return
-        anywhere = self.mean_over_ranks(flag.float())
-        if anywhere.item() > 0:
-            rows = ", ".join(origins) if bool(flag) else "none on this process; another one has them"
-            raise NonFiniteLossError(
-                f"The loss was NaN or infinite at optimizer step {self.trainer.global_step}; the update was not "
-                f"applied. Rows of this step: {rows}."
-            )
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self.guard.norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.guard.norm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compares a checkpoint's weights with the policy's before they load.
@@ -273,6 +282,8 @@ class ResponseModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
         if self._train_metrics is not None and self.should_log():
             self.log_train(self._train_metrics)
+            if self.guard.skipped:
+                self.write({"train/skipped_steps": float(self.guard.skipped)})
 
     def on_validation_epoch_end(self) -> None:
         if self._val_metrics is not None:

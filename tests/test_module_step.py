@@ -18,6 +18,7 @@ from bfpo_pl.data.microworld_sources import MicroworldHelpfulness
 from bfpo_pl.data.schemas import UltraFeedbackBinarized
 from bfpo_pl.data.streams import Stream
 from bfpo_pl.data.trees import PairTree
+from bfpo_pl.guard import NonFiniteError
 from bfpo_pl.labeling import BFPO, HelpfulnessOnly, LabelingFunction, SafetyOnly
 from bfpo_pl.losses import Logistic, SafeChosenNLL, Squared
 from bfpo_pl.microworld import build_tokenizer
@@ -27,7 +28,6 @@ from bfpo_pl.models.trainable import Everything, LoRA, Select
 from bfpo_pl.module import PreferenceModule, RequirementError, StartMarginError
 from bfpo_pl.schedules import Constant, WarmupCosine
 from bfpo_pl.sft import SFTModule
-from bfpo_pl.training import NonFiniteLossError
 
 VOCABULARY = 40
 WEIGHTS = (1.0, 0.375)  # of the streams; like every number here exact in float32, in which batches carry them
@@ -553,7 +553,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, value, call
 
     batches = [batch_of([row]) for window in (1, 2, 3) for row in rows(window)]
     module, snapshot = module_of(loss=Spoiled(0.0625, call, value)), Snapshot()
-    with pytest.raises(NonFiniteLossError) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         fit(module, batches, tmp_path, steps=3, callbacks=[snapshot], accumulate_grad_batches=2)
     message = str(caught.value)
     assert "window2.jsonl:1, window2.jsonl:2" in message
@@ -563,6 +563,63 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, value, call
     assert_same_weights(weights_of(module.policy), snapshot.weights)
     assert all(p.isfinite().all() for p in module.policy.parameters())
     assert not torch.equal(snapshot.weights["lm_head.weight"], Tiny().load_model().lm_head.weight)
+
+
+class BadGradient(Callback):
+    """Spoils one gradient of one optimizer step; every loss stays finite."""
+
+    def __init__(self, step):
+        self.step, self.before = step, {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            self.before = weights_of(pl_module.policy)
+            pl_module.policy.model.layers[1].mlp.down_proj.weight.grad[0, 0] = float("inf")
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
+    module, spoil = module_of(), BadGradient(1)
+    with pytest.raises(NonFiniteError) as caught:
+        fit(module, [batch_of(trees_of(2))] * 3, tmp_path, callbacks=[spoil], gradient_clip_val=1.0)
+    message = str(caught.value)
+    assert "though every loss was finite (of policy.model.layers.1.mlp.down_proj.weight;" in message
+    assert "optimizer step 1" in message
+    assert_same_weights(weights_of(module.policy), spoil.before)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", ["adamw", "fused"])
+def test_a_bad_step_that_may_be_skipped_changes_nothing(tmp_path, what, optimizer):
+    """The weights and AdamW's state are those of a run that never saw the bad batch; the count is kept and logged."""
+
+    def chosen(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1, fused=optimizer == "fused")
+
+    batches = [batch_of(trees_of(2, 4, seed=seed)) for seed in (1, 2, 3)]
+    # Every step takes the reference's log-probs and the policy's, and the loss is called once: call 2 is step 1.
+    loss = Spoiled(0.0625, 2 if what == "loss" else -1, float("nan"))
+    arguments = {"optimizer": chosen, "schedule": Constant(warmup=0)}
+    skipping, clean = module_of(loss=loss, max_nonfinite_steps=1, **arguments), module_of(**arguments)
+    spoil = [BadGradient(1)] if what == "gradient" else []
+    with pytest.warns(UserWarning, match="1 of at most 1 such steps are skipped"):
+        trainer = fit(skipping, batches, tmp_path, callbacks=spoil, gradient_clip_val=1.0)
+    other = fit(clean, [batches[0], batches[2]], tmp_path, gradient_clip_val=1.0)
+    assert (trainer.global_step, skipping.guard.skipped) == (3, 1)
+    assert_same_weights(weights_of(skipping.policy), weights_of(clean.policy))
+    states = [trainer.optimizers[0].state_dict()["state"] for trainer in (trainer, other)]
+    for key, state in states[1].items():
+        for name, value in state.items():
+            assert torch.equal(states[0][key][name], value), name
+
+
+def test_more_bad_steps_than_may_be_skipped_stop_the_run(tmp_path):
+    module = module_of(max_nonfinite_steps=1)
+    spoil = [BadGradient(0), BadGradient(1)]
+    with (
+        pytest.warns(UserWarning, match="1 of at most 1"),
+        pytest.raises(NonFiniteError, match="1 such steps were skipped before"),
+    ):
+        fit(module, [batch_of(trees_of(2))] * 3, tmp_path, callbacks=spoil)
 
 
 def test_a_run_without_an_end_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from bfpo_pl.training import ResponseModule
@@ -28,7 +28,6 @@ class Throughput(Callback):
         self._pairs = 0
         self._responses = 0
         self._tokens = 0
-        self._norm: Tensor | None = None
         self._lr = 0.0
         self._waited = 0.0
 
@@ -40,11 +39,6 @@ class Throughput(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._lr = optimizer.param_groups[0]["lr"]
-        step = trainer.global_step + 1
-        if step == 1 or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -71,8 +65,8 @@ class Throughput(Callback):
         if waited is not None:
             values["train/data_wait_share"] = (waited - self._waited) / seconds
             self._waited = waited
-        if self._norm is not None:
-            values["train/grad_norm"] = self._norm.item()
+        if (norm := pl_module.guard.norm) is not None:
+            values["train/grad_norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         pl_module.write(values)
         self._restart()
 
