@@ -59,7 +59,7 @@ class ResponseModule(LightningModule):
         logp_reduction: Literal["sum", "mean"],
         chunk_size: int,
         activation_checkpointing: Checkpointing,
-        max_nonfinite_steps: int,
+        max_nonfinite_steps: int = 0,
     ) -> None:
         super().__init__()
         self.source = policy
