@@ -248,7 +248,7 @@ class PreferenceModule(ResponseModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         if not self._start_checked and self.trainer.global_step == 0:
-            self.check_head(batch)
+            self.check_network()
             self._check_start(batch)
         self._start_checked = True
         objective = self.objective(batch)

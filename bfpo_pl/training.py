@@ -188,16 +188,14 @@ class ResponseModule(LightningModule):
             )
         return self.mean_over_ranks(count(window)) / window.size
 
-    def check_head(self, batch: PairBatch) -> None:
+    def check_network(self) -> None:
         """Compares the head's logits and the attention with the model's own on a few tokens, once.
 
         Raises:
             HeadMismatchError: The logits differ by more than rounding.
             AttentionMismatchError: The hidden states do.
         """
-        # Every rank takes the first tokens of its own batch: the same shape, so that sharded layers stay in step.
-        tokens = torch.nn.functional.pad(batch.tokens[:8], (0, max(0, 8 - len(batch.tokens))))
-        discrepancy = self.policy.head_discrepancy(tokens).item()  # type: ignore[union-attr,operator]
+        discrepancy = self.policy.head_discrepancy().item()  # type: ignore[union-attr,operator]
         exact = self.policy.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled()  # type: ignore[union-attr]
         tolerance = 1e-3 if exact else 0.05
         name = type(self.policy).__name__
@@ -206,7 +204,7 @@ class ResponseModule(LightningModule):
                 f"{name} changes its logits after the output head in a way that bfpo_pl does not "
                 f"know (relative difference {discrepancy:.2g}). Its log-probs would be wrong, so the run stops."
             )
-        discrepancy = self.policy.attention_discrepancy(tokens).item()  # type: ignore[union-attr,operator]
+        discrepancy = self.policy.attention_discrepancy().item()  # type: ignore[union-attr,operator]
         if not discrepancy <= (1e-3 if exact else 0.1):
             raise AttentionMismatchError(
                 f"{name} attends in a way that {self.attention} does not know (relative difference "

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bfpo_pl.batch import Annotations, PairBatch
+from bfpo_pl.batch import PairBatch
 from bfpo_pl.component import check_range
+from bfpo_pl.data.collate import collate
+from bfpo_pl.data.trees import PairTree
 from bfpo_pl.models.attention import AttentionBackend, Padded
 from bfpo_pl.models.cudnn import turn_off_cudnn_attention
 from bfpo_pl.models.head import head_logits, token_log_probs
@@ -65,8 +67,8 @@ def bind_log_probs(
     """Gives a network the methods ``METHODS``, in place: a sharded root gathers its parameters only in its own methods.
 
     ``response_log_probs(batch)`` is :func:`response_log_probs` with these settings, ``response_log_probs(batch,
-    reduction)`` with another reduction; ``head_discrepancy(tokens)`` and ``attention_discrepancy(tokens)`` are the
-    functions of those names. The attention backend prepares the network.
+    reduction)`` with another reduction; ``head_discrepancy()`` and ``attention_discrepancy()`` are the functions of
+    those names. The attention backend prepares the network.
     """
     check_range(model, "chunk_size", chunk_size, 1)
     turn_off_cudnn_attention()
@@ -75,8 +77,8 @@ def bind_log_probs(
     def log_probs(self: PreTrainedModel, batch: PairBatch, reduction: Literal["sum", "mean"] = reduction) -> Tensor:
         return response_log_probs(self, batch, attention, reduction, chunk_size)
 
-    def discrepancy(self: PreTrainedModel, tokens: Tensor) -> Tensor:
-        return attention_discrepancy(self, tokens, attention)
+    def discrepancy(self: PreTrainedModel) -> Tensor:
+        return attention_discrepancy(self, attention)
 
     model.response_log_probs = MethodType(log_probs, model)  # type: ignore[assignment]
     model.head_discrepancy = MethodType(head_discrepancy, model)  # type: ignore[assignment]
@@ -84,16 +86,17 @@ def bind_log_probs(
 
 
 @torch.no_grad()
-def head_discrepancy(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Largest difference between the model's own logits and `head_logits` on tokens ``[T]``, relative to their spread.
+def head_discrepancy(model: PreTrainedModel) -> Tensor:
+    """Largest difference between the model's own logits and `head_logits` on a few tokens, relative to their spread.
 
     Anything but rounding means that the model does something to its logits that `head_logits` does not know.
     """
+    tokens = _distinct_tokens(model, 8)[None]
     training = model.training
     model.eval()  # two passes are compared, which active dropout would tell apart
     try:
-        own = model(input_ids=tokens[None], use_cache=False).logits[0]
-        ours = head_logits(model, model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0])
+        own = model(input_ids=tokens, use_cache=False).logits[0]
+        ours = head_logits(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0])
     finally:
         model.train(training)
     own, ours = (logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (own, ours))
@@ -101,43 +104,35 @@ def head_discrepancy(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_discrepancy(model: PreTrainedModel, tokens: Tensor, attention: AttentionBackend) -> Tensor:
+def attention_discrepancy(model: PreTrainedModel, attention: AttentionBackend) -> Tensor:
     """Difference of the final hidden states under an attention backend from those of plain rows, relative to them.
 
     Anything but rounding means that the network attends in a way that the backend does not know, so that responses may
-    have seen each other. Root mean squares: in half precision a few of many states differ by more than the rest.
+    have seen each other. Root mean squares: in half precision a few of many states differ by more than the rest. Of a
+    backend that chooses among others, the largest difference of those it may choose.
 
     Args:
         model: A causal language model.
-        tokens: ``[8]`` int64, taken for a prompt of four tokens and two responses of two.
         attention: The attention backend, with the network prepared for it.
     """
-    batch = _two_responses(tokens)
+    batch = _two_trees(model)
     training = model.training
     model.eval()
     try:
-        plain, ours = (backend.predicting_states(model.base_model, batch).double() for backend in (Padded(), attention))
+        plain = Padded().predicting_states(model.base_model, batch).double()
+        routes = [route.predicting_states(model.base_model, batch).double() for route in attention.routes(model.device)]
     finally:
         model.train(training)
-    return (plain - ours).norm() / plain.norm()
+    return torch.stack([(states - plain).norm() for states in routes]).max() / plain.norm()
 
 
-def _two_responses(tokens: Tensor) -> PairBatch:
-    """A batch of one tree out of eight tokens."""
+def _distinct_tokens(model: PreTrainedModel, count: int) -> Tensor:
+    """``[count]`` int64, the same for all ranks and batches: among equal tokens it would not show who sees whom."""
+    return torch.arange(1, count + 1, device=model.device) * model.config.get_text_config().vocab_size // (count + 1)
 
-    def table(*values: int) -> Tensor:
-        return tokens.new_tensor(values)
 
-    return PairBatch(
-        tokens=tokens,
-        positions=table(0, 1, 2, 3, 4, 5, 4, 5),
-        segment_start=table(0, 4, 6),
-        segment_length=table(4, 2, 2),
-        response_segment=table(1, 2),
-        prompt_segment=table(0, 0),
-        response_stream=table(0, 0),
-        pair_stream=table(0),
-        stream_weight=torch.ones(1, device=tokens.device),
-        annotations=Annotations(pairs=table(0, 1)[None]),
-        streams=("check",),
-    )
+def _two_trees(model: PreTrainedModel) -> PairBatch:
+    """A batch of two prompts, of three tokens and of two, with three responses and two of different lengths."""
+    ids = _distinct_tokens(model, 15).tolist()
+    trees = [PairTree(ids[:3], [ids[3:5], ids[5:6], ids[6:9]]), PairTree(ids[9:11], [ids[11:14], ids[14:]])]
+    return collate([(0, tree) for tree in trees], ["check"], [1.0]).to(model.device)

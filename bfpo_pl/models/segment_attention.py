@@ -44,7 +44,7 @@ class SegmentLoop(TreeLayout):
             else:
                 first_key, first_value = k, v
             outputs.append(self._attend(q, k, v, scores))
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # as transformers' own: some layers view it
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Attention of one response, ``[1, heads, queries, D]``."""
