@@ -206,6 +206,23 @@ class PreferenceModule(ResponseModule):
             reduction=self.logp_reduction,
         )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what a run that goes on needs to know its references by."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["references"] = {name: reference.state() for name, reference in self.references.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compares a checkpoint's weights and references with this run's.
+
+        Raises:
+            UserError: The weights are another model's; the message names the first that differs.
+            RunError: A reference's log-probs are not those that the checkpoint's run trained with.
+        """
+        super().on_load_checkpoint(checkpoint)
+        for name, state in checkpoint.get("references", {}).items():
+            if name in self.references:
+                self.references[name].check_state(state)
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         for reference in self.references.values():
             batch = reference.annotate(batch)

@@ -56,7 +56,9 @@ def rewrite(tmp_path, change):
         batch = read_shard(path)
         keys, sums, lengths = (batch[name].to_numpy().copy() for name in ("key", "log_prob", "length"))
         path.unlink()
-        LogProbStore(store).add(keys, change(sums), lengths)
+        changed = LogProbStore(store)
+        changed.add(keys, change(sums), lengths)
+        changed.write()
 
 
 def computed(cli):
@@ -148,6 +150,30 @@ def test_kept_values_of_another_network_stop_the_run(fit, tmp_path, capsys):
     assert computed(fit("--model.reference.verify=0", "--model.reference.start_tolerance=100")) == 0
 
 
+def test_in_half_precision_too_where_all_are_off_by_little(fit, tmp_path, capsys):
+    half = "--trainer.precision=bf16-mixed"
+    fit(half, command="reference")
+    assert computed(fit(half)) == 0
+    rewrite(tmp_path, lambda sums: sums * 1.015)
+    with pytest.raises(SystemExit):
+        fit(half)
+    assert "are not those of this reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_knows_the_values_that_its_run_trained_with(fit, tmp_path, capsys, command):
+    fit()
+    checkpoint = next(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))
+    again = (f"--ckpt_path={checkpoint}", *(["--trainer.max_steps=4"] * (command == "fit")))
+    fit(*again, command=command)
+    rewrite(tmp_path, lambda sums: sums + 3)
+    with pytest.raises(SystemExit) as stopped:
+        fit(*again, command=command)
+    assert stopped.value.code == 1
+    assert "in the checkpoint's run" in capsys.readouterr().err
+    fit(*again, "--model.reference.source=TinyModel", "--model.reference.source.layers=1", command=command)
+
+
 def test_a_policy_that_is_not_where_the_reference_is_stops_the_run(fit, tmp_path, capsys):
     fit(command="reference")
     rewrite(tmp_path, lambda sums: sums + 4 * (np.arange(len(sums)) % 2))
@@ -162,23 +188,42 @@ def test_the_mean_margin_at_the_start_is_printed(fit, caplog):
     assert "Before the first update the mean |margin| is" in caplog.text
 
 
-def test_what_was_computed_before_an_interruption_is_kept(fit, monkeypatch):
+FEW = "--model.reference.batch_tokens=200"
+
+
+def interrupt(monkeypatch, after, error):
+    """Stops the computation after so many batches."""
     plain, calls = precomputed_module.Precomputed._values, []
 
     def interrupted(*arguments):
         calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if len(calls) > after:
+            raise error
         return plain(*arguments)
 
-    monkeypatch.setattr(precomputed_module, "_PART_BATCHES", 2)
     monkeypatch.setattr(precomputed_module.Precomputed, "_values", staticmethod(interrupted))
-    few = ["--model.reference.batch_tokens=200"]
-    with pytest.raises(BaseException):  # noqa: B017, PT011  # Lightning ends a run in its own way
-        fit(*few, command="reference")
-    monkeypatch.setattr(precomputed_module.Precomputed, "_values", staticmethod(plain))
-    rest = computed(fit(*few, command="reference"))
-    assert 0 < rest < RESPONSES
+
+
+def test_what_was_computed_before_an_interruption_is_kept(fit, monkeypatch, tmp_path):
+    with monkeypatch.context() as patched:
+        interrupt(patched, 3, KeyboardInterrupt)
+        with pytest.raises(BaseException):  # noqa: B017, PT011  # Lightning ends a run in its own way
+            fit(FEW, command="reference")
+    (folder,) = stores(tmp_path)
+    kept = len(LogProbStore(folder))
+    assert 0 < kept < RESPONSES
+    assert computed(fit(FEW, command="reference")) == RESPONSES - kept
+
+
+def test_a_process_that_is_killed_has_written_what_was_computed_before_the_last_seconds(fit, monkeypatch, tmp_path):
+    """Nothing that a killed process does not come to: what the end of the computation writes is left out."""
+    monkeypatch.setattr(precomputed_module, "_SECONDS_BETWEEN_PARTS", 0.0)
+    parts, plain = [], LogProbStore.write
+    monkeypatch.setattr(LogProbStore, "write", lambda store: (plain(store), parts.append(len(store))))
+    fit(FEW, command="reference")
+    assert len(parts) > 5
+    assert parts[:-1] == sorted(set(parts))
+    assert parts[-1] == parts[-2] == RESPONSES
 
 
 def test_two_runs_at_once_compute_once(base, small, tmp_path, in_repository):
