@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bfpo_pl.batch import PairBatch
-from bfpo_pl.component import check_range
+from bfpo_pl.component import UserError, check_range
 from bfpo_pl.data.collate import collate
 from bfpo_pl.data.trees import PairTree
 from bfpo_pl.models.attention import AttentionBackend, Padded
@@ -69,8 +69,16 @@ def bind_log_probs(
     ``response_log_probs(batch)`` is :func:`response_log_probs` with these settings, ``response_log_probs(batch,
     reduction)`` with another reduction; ``head_discrepancy()`` and ``attention_discrepancy()`` are the functions of
     those names. The attention backend prepares the network.
+
+    Raises:
+        UserError: The network has no part below its output head where transformers says it is.
     """
     check_range(model, "chunk_size", chunk_size, 1)
+    if model.base_model is model:
+        raise UserError(
+            f"{type(model).__name__} cannot be used: transformers says that its network below the output head is "
+            f"'{model.base_model_prefix}', and it has nothing of that name. Name another model."
+        )
     turn_off_cudnn_attention()
     attention = attention.prepare(model)
 

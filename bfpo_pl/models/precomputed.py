@@ -26,6 +26,7 @@ from bfpo_pl.data.progress import telling
 from bfpo_pl.data.trees import PairTree
 from bfpo_pl.models.log_prob_store import LogProbStore, batch_keys, tree_keys
 from bfpo_pl.models.reference import FrozenCopy, OtherNetwork, RunContext, frozen, has_adapter
+from bfpo_pl.models.rotary import length_of_other_angles
 from bfpo_pl.models.sources import ModelSource
 
 LOGP_VERSION = 1
@@ -109,6 +110,7 @@ class Precomputed(OtherNetwork):
         self._rounding = _HALF_ROUNDING if half else _ROUNDING
         folder = run.cache / "reference" / run.strategy.broadcast(self._key(run) if run.rank == 0 else "")
         rows = _Rows(run.rows)
+        self._check_lengths(rows, run)
         began = time.perf_counter()
         with _sole(folder, run):
             self._store = LogProbStore(folder)
@@ -127,6 +129,21 @@ class Precomputed(OtherNetwork):
             f"Reference '{name}': log-probs of {len(rows.keys) - self.computed:,} responses found and of "
             f"{self.computed:,} computed in {time.perf_counter() - began:.0f} s ({folder})."
         )
+
+    def _check_lengths(self, rows: _Rows, run: RunContext) -> None:
+        """Refuses rows whose log-probs would depend on the batch in which they are computed.
+
+        Raises:
+            UserError: There are such rows.
+        """
+        limit = length_of_other_angles(run.policy.config)
+        if limit is not None and rows.longest > limit:
+            raise UserError(
+                f"Precomputed: in batches with a row of more than {limit} tokens {type(run.policy).__name__} turns "
+                f"all tokens by other angles (rotary embeddings of type longrope or dynamic), and the longest row has "
+                f"{rows.longest}: log-probs that were computed in other batches would be wrong. Set model.reference "
+                f"to FrozenCopy, AdapterOff or SharedWeights, or data.truncation.max_length to {limit}."
+            )
 
     def state(self) -> dict[str, Any]:
         return {} if self._store is None else {"store": self._store.folder.name, "log_probs": self._sample}
@@ -279,11 +296,15 @@ class _Rows:
         self._trees = list(by_stream.values())
         self._ends = np.cumsum([0, *map(len, self._trees)])
         keys, counts = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.int64)]
+        self.longest = 0
+        """Tokens of the longest prompt and response together."""
         for trees in self._trees:
             for start in range(0, len(trees), _AT_ONCE):
                 some = trees.at(range(start, min(start + _AT_ONCE, len(trees))))
                 keys.append(tree_keys(some))
                 counts.append(np.array([len(tree.response_ids) for tree in some], dtype=np.int64))
+                whole = (len(tree.prompt_ids) + len(ids) for tree in some for ids in tree.response_ids)
+                self.longest = max(self.longest, *whole)
         self.keys: np.ndarray = np.concatenate(keys)
         """``[R]``, of all rows, one row's after the other's."""
         self.counts: np.ndarray = np.concatenate(counts)

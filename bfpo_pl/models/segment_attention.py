@@ -6,6 +6,8 @@ of its prompt and itself: its last query stands at its last key.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,6 +15,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.models.tree_attention import Copies, Scores, TreeLayout, TreeRows, in_compute_dtype, soft_capped
+
+_ARGUMENTS = {"scale", "window_size", "enable_gqa"}
+"""What the kernel is given besides tensors and sizes; torch added them one after the other."""
 
 
 class SegmentLoop(TreeLayout):
@@ -135,6 +140,8 @@ def device_obstacle(device: torch.device) -> str | None:
     """Why the kernel for sequences of different lengths cannot run on a device; None if it can."""
     if device.type != "cuda":
         return f"its kernel runs on CUDA devices alone, not on {device.type}"
+    if lacking := _ARGUMENTS - set(inspect.signature(varlen_attn).parameters):
+        return f"this torch's kernel lacks {', '.join(sorted(lacking))}, which torch 2.13 has"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"its kernel needs compute capability 8.0, and the device has {major}.{minor}"
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
 from bfpo_pl.data.arrow import read_shard
 from bfpo_pl.models import precomputed as precomputed_module
 from bfpo_pl.models import weights as weights_module
 from bfpo_pl.models.log_prob_store import LogProbStore
 from bfpo_pl.models.reference import FrozenCopy
+from bfpo_pl.models.rotary import length_of_other_angles
 from bfpo_pl.models.sources import HFModel, TinyModel
 from bfpo_pl.models.weights import files_digest
 
@@ -31,8 +33,9 @@ def small(small, tmp_path):
 def fit(bfpo, base, small):
     """Fits with kept log-probs; gives the CLI object."""
 
-    def call(*overrides, command="fit", reference="Precomputed"):
-        return bfpo(command, *base, *small, f"--model.reference={reference}", *overrides)
+    def call(*overrides, command="fit", reference="Precomputed", sizes=True):
+        sized = small if sizes else [each for each in small if not each.startswith("--model.policy.")]
+        return bfpo(command, *base, *sized, f"--model.reference={reference}", *overrides)
 
     return call
 
@@ -262,6 +265,35 @@ def test_rows_that_stream_are_refused(fit, capsys, tmp_path):
         )
     assert stopped.value.code == 2
     assert "Set data.streams.safety.source.streaming: false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [8, 64])
+def test_a_network_whose_angles_depend_on_the_batch_is_refused_where_rows_are_long(fit, tmp_path, capsys, limit):
+    source = TinyModel(32, 2, 2, 64, seed=0)
+    source.load_model().save_pretrained(tmp_path / "model")
+    source.load_tokenizer().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    settings = {"max_position_embeddings": limit, "rope_parameters": rope}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    model = ["--model.policy=HFModel", f"--model.policy.path={tmp_path / 'model'}"]
+    if limit == 64:
+        assert computed(fit(*model, command="reference", sizes=False)) == RESPONSES
+        return
+    with pytest.raises(SystemExit) as stopped:
+        fit(*model, command="reference", sizes=False)
+    assert stopped.value.code == 2
+    assert "in batches with a row of more than 8 tokens LlamaForCausalLM turns all" in capsys.readouterr().err
+
+
+def test_when_angles_depend_on_the_batch():
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "pad_token_id": 0, "original_max_position_embeddings": 8}
+    assert length_of_other_angles(Phi3Config(**sizes, max_position_embeddings=64, rope_parameters=long)) == 8
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    assert length_of_other_angles(LlamaConfig(max_position_embeddings=16, rope_parameters=dynamic)) == 16
+    for fine in (LlamaConfig(), GPT2Config(), Gemma3TextConfig()):
+        assert length_of_other_angles(fine) is None
 
 
 @pytest.mark.parametrize(
