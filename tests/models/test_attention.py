@@ -202,8 +202,11 @@ def test_activation_checkpointing_recomputes_the_same(only_float64, name):
     assert max(plain[0], *plain[1].values()) < 1e-10
 
 
-@pytest.mark.parametrize("backend", [Unfold, Segments])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, (Unfold, Segments)[place % 2]) for place, name in enumerate(CONFIGS)]
+    + [(name, backend) for name in ("llama", "gemma2", "phi3") for backend in (Unfold, Segments)],
+)
 def test_float32_is_as_exact_as_the_naive_computation(name, backend):
     trees = trees_of(2, 1, 3, 2)
     exact = build(name)
