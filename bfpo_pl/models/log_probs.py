@@ -140,7 +140,10 @@ def _distinct_tokens(model: PreTrainedModel, count: int) -> Tensor:
 
 
 def _two_trees(model: PreTrainedModel) -> PairBatch:
-    """A batch of two prompts, of three tokens and of two, with three responses and two of different lengths."""
-    ids = _distinct_tokens(model, 15).tolist()
-    trees = [PairTree(ids[:3], [ids[3:5], ids[5:6], ids[6:9]]), PairTree(ids[9:11], [ids[11:14], ids[14:]])]
+    """A batch of two prompts with three responses and two, of different lengths.
+
+    No response has a single token: nothing is predicted at it, so it could see what it would.
+    """
+    ids = _distinct_tokens(model, 17).tolist()
+    trees = [PairTree(ids[:3], [ids[3:5], ids[5:8], ids[8:10]]), PairTree(ids[10:12], [ids[12:15], ids[15:]])]
     return collate([(0, tree) for tree in trees], ["check"], [1.0]).to(model.device)

@@ -37,7 +37,7 @@ _SECONDS_BETWEEN_PARTS = 30.0  # that are written to disk: what a process that i
 _ROWS_WORTH_TELLING = 200
 _SECONDS_TO_WAIT = 20.0  # for another run, before all processes hear that it still computes
 _SAMPLE = 256  # responses whose log-probs a checkpoint keeps
-_ROUNDING, _HALF_ROUNDING = 1e-3, 0.15
+_ROUNDING, _HALF_ROUNDING = 1e-3, 0.2
 """Nats by which log-probs may differ from batch to batch, times the root of the tokens: rounding has no direction."""
 
 

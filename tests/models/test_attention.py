@@ -102,19 +102,22 @@ def test_the_check_before_the_first_step_sees_a_leak(monkeypatch, backend, dtype
 
     module = response_module(backend, dtype)
     module.check_network()
-    monkeypatch.setitem(globals(), "TREE", torch.tensor([0] * 9 + [1] * 6))
+    monkeypatch.setitem(globals(), "TREE", torch.tensor([0] * 10 + [1] * 7))
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, leaking_in_rows)
     with pytest.raises(AttentionMismatchError, match=r"LlamaForCausalLM attends .* Set model.attention to Padded"):
         module.check_network()
 
 
+@pytest.mark.parametrize("leaked", [1, 2, 4])
 @pytest.mark.parametrize("backend", [Segments(), Auto()], ids=repr)
-def test_the_check_sees_a_leak_of_the_layout_that_auto_takes_for_long_responses(monkeypatch, backend):
-    plain = SegmentLoop.__init__
+def test_the_check_sees_a_leak_of_the_layout_that_auto_takes_for_long_responses(monkeypatch, backend, leaked):
+    """One response, and no other, takes its prompt to go on to the end of the tree's first response."""
+    plain, firsts = SegmentLoop.__init__, {1: 0, 2: 0, 4: 3}
 
-    def leaking_loop(layout, batch):  # a response's prompt is taken to go on to the end of the one before
+    def leaking_loop(layout, batch):
         plain(layout, batch)
-        layout.prompts = [layout.queries[n - 1] if prompt else 0 for n, prompt in enumerate(layout.prompts)]
+        assert layout.prompts[leaked] > 0
+        layout.prompts[leaked] = layout.queries[firsts[leaked]]
 
     module = response_module(backend)
     monkeypatch.setattr(SegmentLoop, "__init__", leaking_loop)
