@@ -49,6 +49,13 @@ def data(args: list[str], plugins: list[Plugin]) -> object:
     return run_data(args, plugins)
 
 
+def checkpoints(args: list[str], plugins: list[Plugin]) -> None:
+    """Lists the checkpoints of a run, and says which are complete: `bfpo checkpoints RUN [--verify]`."""
+    from bfpo_pl.checkpoints.command import run_checkpoints
+
+    run_checkpoints(args)
+
+
 def components(args: list[str], plugins: list[Plugin]) -> None:
     """Lists labelings, losses, references, sources and plugins; with a NAME, says what it means and takes."""
     import bfpo_pl.data.datamodule  # noqa: F401  # its imports define the components
@@ -84,6 +91,7 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "sft": sft,
     "reference": reference,
     "data": data,
+    "checkpoints": checkpoints,
     "components": components,
     "demo": demo,
 }
@@ -151,7 +159,8 @@ def _explained(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, pickle.UnpicklingError):
         return (
-            "The checkpoint cannot be read without running code from it, so it is refused.",
+            "The checkpoint cannot be read without running code from it, so it is refused. If you wrote it, it may be "
+            "damaged: `bfpo checkpoints RUN --verify`.",
             2,
         )
     if type(error).__module__.startswith("wandb"):

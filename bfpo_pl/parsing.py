@@ -17,15 +17,17 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from bfpo_pl.arguments import check_checkpoint, check_config_files, check_experiment, configs_first, help_asked
+from bfpo_pl.arguments import check_config_files, check_experiment, configs_first, help_asked
 from bfpo_pl.callbacks.export import ExportHF
 from bfpo_pl.callbacks.progress import progress_callback
 from bfpo_pl.callbacks.record import RunRecord
 from bfpo_pl.callbacks.throughput import Throughput
-from bfpo_pl.component import UserError
+from bfpo_pl.checkpoints.file_io import AtomicCheckpointIO
+from bfpo_pl.checkpoints.find import find_checkpoint
+from bfpo_pl.checkpoints.keep import RunCheckpoints
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.plugins import Plugin
 from bfpo_pl.runs import new_run_folder
@@ -161,8 +163,12 @@ class BFPOCLI(LightningCLI):
             "--experiment", type=str, default="default", help="Name of the experiment: a folder of runs."
         )
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 1})
+        parser.add_argument(
+            "--verify",
+            action="store_true",
+            help="Compare all of the checkpoint at --ckpt_path with its hashes before it loads; sizes always are.",
+        )
+        parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.add_lightning_class_args(ExportHF, "export")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -180,7 +186,7 @@ class BFPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_experiment(config.experiment)
-        check_checkpoint(config.get("ckpt_path"))
+        config.ckpt_path = self._find_checkpoint(config)
         dumped = self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_none=False, format="yaml")
         self.record = yaml.safe_load(dumped)
         self.run_folder = new_run_folder(config.runs, config.experiment)
@@ -191,6 +197,15 @@ class BFPOCLI(LightningCLI):
             for key, value in (("save_dir", str(self.run_folder)), ("name", self.run_folder.name)):
                 if key in arguments and arguments[key] in (None, "."):
                     arguments[key] = value
+
+    @staticmethod
+    def _find_checkpoint(config: Namespace) -> str | None:
+        asked = config.get("ckpt_path")
+        own = config.checkpoint.dirpath
+        # Process 0 decides: what it finds is what all of them load.
+        verify = config.verify and rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        experiment = Path(config.runs) / config.experiment
+        return find_checkpoint(None if asked is None else str(asked), experiment, own and Path(own), verify)
 
     def after_instantiate_classes(self) -> None:
         # Before any data is read; a module that is not ours may have no source.
@@ -247,17 +262,16 @@ class BFPOCLI(LightningCLI):
         more = [config[key] for key in self._parser(self.subcommand).callback_keys]
         if config.trainer.enable_checkpointing is False:
             more = [callback for callback in more if not isinstance(callback, ModelCheckpoint)]
-        trainer = self._instantiate_trainer({**config.trainer, **kwargs}, more)
-        _check_strategy_reads(config.get("ckpt_path"), trainer)
-        return trainer
+        kwargs["plugins"] = _with_checkpoint_io(config.trainer.plugins)
+        return self._instantiate_trainer({**config.trainer, **kwargs}, more)
 
 
-def _check_strategy_reads(checkpoint: Any, trainer: Trainer) -> None:
-    if checkpoint and Path(checkpoint).is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
-        raise UserError(
-            f"The checkpoint {checkpoint} is a folder with a shard of each process. Only fsdp2 reads it, on any number "
-            f"of processes: add `-c configs/strategy/fsdp2.yaml --trainer.devices=1`, or more devices."
-        )
+def _with_checkpoint_io(configured: Any) -> list[Any]:
+    """The Trainer's plugins and, where none of them writes checkpoints, ours."""
+    plugins = list(configured) if isinstance(configured, list) else [configured] if configured is not None else []
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(AtomicCheckpointIO())
+    return plugins
 
 
 def _loggers(trainer: Namespace) -> list[Any]:

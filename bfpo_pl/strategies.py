@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from datetime import timedelta
-from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
+from bfpo_pl.checkpoints.sharded import AtomicSharded
 
 
-class FSDP2(ModelParallelStrategy):
+class FSDP2(AtomicSharded):
     """Lightning's `ModelParallelStrategy` with every process data-parallel, whatever their number.
 
     Lightning's own defaults make all devices of a machine tensor-parallel, so that they would see the same rows; and
@@ -38,9 +36,3 @@ class FSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        with warnings.catch_warnings():
-            # last.ckpt is meant to be overwritten
-            warnings.filterwarnings("ignore", "Detected an existing checkpoint")
-            super().save_checkpoint(checkpoint, filepath, storage_options)
