@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 from weakref import proxy
@@ -169,34 +170,32 @@ class RunCheckpoints(ModelCheckpoint):
         self._index.write(self.folder)
 
     def _settle(self, path: Path, score: float | None) -> None:
-        """Leads ``last.ckpt`` to a new checkpoint and deletes what is no longer kept, if it is complete."""
+        """Leads ``last.ckpt`` to the newest checkpoint that is complete, and deletes what is no longer kept."""
         self._index.scores[path.name] = score
-        if reason := problem(path):
-            rank_zero_warn(f"The checkpoint {path} was written, but {reason}. Older ones are kept.")
-        else:
-            if self.save_last:
-                point(self.folder / LAST, path)
-            self._prune()
-        self._index.write(self.folder)
-        self._tell_best()
-
-    def _prune(self) -> None:
-        kept = self._kept()
+        newest = self._newest_complete()
+        if path.name not in newest:
+            rank_zero_warn(f"{path} was saved, but {problem(path)}. It counts for nothing until it is complete.")
+        if self.save_last and newest:
+            point(self.folder / LAST, self.folder / newest[0])
+        kept = self._kept(newest)
         for name in [name for name in self._index.scores if name not in kept]:
             discard(self.folder / name)
             del self._index.scores[name]
+        self._index.write(self.folder)
+        self._tell_best()
 
-    def _kept(self) -> set[str]:
-        """Names of the newest and of the best; among the newest one that is damaged counts for nothing."""
-        if self.save_top_k == -1:
+    def _newest_complete(self) -> list[str]:
+        """Names of the newest `keep_last` that are complete, newest first."""
+        complete = (name for name in reversed(self._index.scores) if problem(self.folder / name) is None)
+        return list(islice(complete, self.keep_last))
+
+    def _kept(self, newest: list[str]) -> set[str]:
+        """Names of the newest and of the best, and of what is newer than any complete one."""
+        if self.save_top_k == -1 or not newest:
             return set(self._index.scores)
-        kept = set(self._index.ranked()[: self.save_top_k]) if self.monitor is not None else set()
-        newest = 0
-        for name in reversed(self._index.scores):
-            if newest < self.keep_last and problem(self.folder / name) is None:
-                kept.add(name)
-                newest += 1
-        return kept
+        best = self._index.ranked()[: self.save_top_k] if self.monitor is not None else []
+        newer = takewhile(lambda name: name != newest[0], reversed(self._index.scores))  # perhaps still being written
+        return {*newest, *best, *newer}
 
     # ---- scores ----------------------------------------------------------------------------------------------------
 
