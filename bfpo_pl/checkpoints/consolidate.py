@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from bfpo_pl.checkpoints.shards import META, PlainPlanner, PlainReader, read_metadata
+from bfpo_pl.checkpoints.shards import META, PlainPlanner, PlainReader, plain_errors, read_metadata
 
 _OPTIMIZER = "optimizer_"
 
@@ -31,7 +31,7 @@ def consolidated(path: Path) -> dict[str, Any]:
         flat[name] = None
         if isinstance(entry, TensorStorageMetadata):
             flat[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), plain_errors():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(flat, storage_reader=PlainReader(path), planner=PlainPlanner(), no_dist=True)
     nested: dict[str, Any] = {}

@@ -23,7 +23,15 @@ from torch.distributed.tensor import DTensor
 from bfpo_pl.checkpoints.atomic import part_of, publish, remove, sync_file, sync_folder, write_text
 from bfpo_pl.checkpoints.file_io import reading
 from bfpo_pl.checkpoints.manifest import MANIFEST, FileRecord, Manifest, file_record
-from bfpo_pl.checkpoints.shards import META, PlainPlanner, PlainReader, is_sharded, read_metadata
+from bfpo_pl.checkpoints.shards import (
+    META,
+    PlainPlanner,
+    PlainReader,
+    first_failure,
+    is_sharded,
+    plain_errors,
+    read_metadata,
+)
 from bfpo_pl.checkpoints.space import SaveError, check_space, save_error, tensor_bytes
 from bfpo_pl.component import UserError
 
@@ -60,12 +68,8 @@ class AtomicSharded(ModelParallelStrategy):
         assert self.lightning_module is not None
         if not is_sharded(path):
             return super().load_checkpoint(path, weights_only)
-        with reading(path):
-            try:
-                return _load(path, self.model, self.optimizers, self.lightning_module.strict_loading)  # type: ignore[arg-type]
-            except CheckpointException as error:
-                rank, first = _first(error)
-                raise RuntimeError(f"{type(first).__name__} on process {rank}: {first}") from error
+        with reading(path), plain_errors():
+            return _load(path, self.model, self.optimizers, self.lightning_module.strict_loading)  # type: ignore[arg-type]
 
     def _together(self, path: Path, needed: int, action: Callable[[], Any]) -> list[Any]:
         """Runs a step on every process, and what it returned on each.
@@ -132,7 +136,7 @@ def _finish(part: Path, path: Path, checkpoint: dict[str, Any], files: list[dict
 def _reason(error: BaseException, path: Path, needed: int, rank: int) -> str:
     """What to say of an error during a save."""
     if isinstance(error, CheckpointException):
-        rank, error = _first(error)
+        rank, error = first_failure(error)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, SaveError):
@@ -141,11 +145,6 @@ def _reason(error: BaseException, path: Path, needed: int, rank: int) -> str:
             return str(save_error(path, needed, cause))
         cause = cause.__cause__ or cause.__context__
     return f"The checkpoint {path} could not be saved; process {rank} had {type(error).__name__}: {error}"
-
-
-def _first(gathered: CheckpointException) -> tuple[int, BaseException]:
-    """Of the errors that torch gathered from all processes, the first, and whose it is."""
-    return next((rank, error) for rank, (error, _) in sorted(gathered.failures.items()))
 
 
 def _load(path: Path, module: torch.nn.Module, optimizers: list[torch.optim.Optimizer], strict: bool) -> dict[str, Any]:

@@ -6,13 +6,15 @@ torch.distributed.checkpoint unpickles a folder's ``.metadata``, and every value
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -67,6 +69,25 @@ def read_metadata(path: Path) -> Metadata:
     if not isinstance(found, Metadata):
         raise pickle.UnpicklingError(f"{METADATA} holds no metadata")
     return found
+
+
+def first_failure(gathered: CheckpointException) -> tuple[int, BaseException]:
+    """Of the errors that torch gathered from all processes, the first, and whose it is."""
+    return next((rank, error) for rank, (error, _) in sorted(gathered.failures.items()))
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns what torch.distributed.checkpoint raises, which is no `Exception`, into an error that is one.
+
+    Raises:
+        RuntimeError: Something could not be read; the message says what, and on which process.
+    """
+    try:
+        yield
+    except CheckpointException as gathered:
+        rank, first = first_failure(gathered)
+        raise RuntimeError(f"{type(first).__name__} on process {rank}: {first}") from gathered
 
 
 class PlainReader(FileSystemReader):

@@ -9,6 +9,7 @@ import torch
 
 from bfpo_pl.checkpoints.check import checkpoint_step, problem
 from bfpo_pl.checkpoints.consolidate import consolidated
+from bfpo_pl.checkpoints.file_io import AtomicCheckpointIO, write_file
 from bfpo_pl.checkpoints.find import find_checkpoint, newest_complete
 from bfpo_pl.checkpoints.manifest import read_manifest
 from bfpo_pl.component import UserError
@@ -199,10 +200,33 @@ def test_sharded_checkpoints_do_not_run_code(saved, tmp_path):
     object.__setattr__(entry, "offset", at)
     object.__setattr__(entry, "length", (tmp_path / "value").stat().st_size)
     (saved[10] / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(BaseException, match=r"(?i)weights.only"):
-        consolidated(saved[10])
+    with pytest.raises(UserError, match=r"cannot be read: UnpicklingError on process 0: Weights only"):
+        AtomicCheckpointIO().load_checkpoint(saved[10])
     metadata.planner_data = Payload(trap)
     (saved[10] / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match=r"would run code: .metadata names posix.mkdir"):
         find_checkpoint(str(saved[10]), tmp_path)
     assert not trap.exists()
+
+
+def test_all_processes_load_the_checkpoint_that_process_0_found(tmp_path):
+    """A newest checkpoint is looked for by each process at another moment; they must not begin from different ones."""
+    for step in (1, 2):
+        write_file({"global_step": step, "state_dict": {}}, tmp_path / f"step={step}.ckpt")
+
+    def load(rank):
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
+        found = AtomicCheckpointIO().load_checkpoint(tmp_path / f"step={rank + 1}.ckpt")
+        (tmp_path / f"found-{rank}").write_text(str(found["global_step"]))
+
+    children = []
+    for rank in (0, 1):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                load(rank)
+            finally:
+                os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    assert [(tmp_path / f"found-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
