@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 
-from bfpo_pl.component import RunError, UserError
+from bfpo_pl.failures import exit_code, explained
 from bfpo_pl.plugins import Plugin, load_plugins
 
 
@@ -122,7 +120,8 @@ def main(args: list[str] | None = None) -> object:
         ``model`` and ``datamodule``.
 
     Raises:
-        SystemExit: With code 2 after a user's mistake, said in one message on stderr.
+        SystemExit: With code 2 after a user's mistake, 1 after a failure of the run, 128 + the signal's number after
+            an orderly stop (143 for SIGTERM, 130 for Ctrl-C); said in one message on stderr.
     """
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
@@ -134,41 +133,14 @@ def main(args: list[str] | None = None) -> object:
     _quiet()
     try:
         return COMMANDS[args[0]](args[1:], load_plugins())
+    except SystemExit as error:
+        raise SystemExit(exit_code(error)) from error
     except Exception as error:
-        message, code = _explained(error)
+        message, code = explained(error)
         if not message or TRACEBACK_VARIABLE in os.environ:
             raise
         sys.stderr.write(f"bfpo: error: {message}\n")
         raise SystemExit(code) from error
-
-
-def _explained(error: BaseException) -> tuple[str, int]:
-    """One message and an exit code for a mistake or a run that had to stop; an empty message for a bug."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        if isinstance(cause, UserError):  # the parser wraps what a component says of its arguments
-            return str(cause), 2
-        if isinstance(cause, RunError):
-            return str(cause), 1
-        seen.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(error, MisconfigurationException | OSError):
-        return str(error), 2
-    if isinstance(error, pickle.UnpicklingError):
-        return (
-            "The checkpoint cannot be read without running code from it, so it is refused. If you wrote it, it may be "
-            "damaged: `bfpo checkpoints RUN --verify`.",
-            2,
-        )
-    if type(error).__module__.startswith("wandb"):
-        return f"W&B: {error} Or log without a network: `-c configs/logger/wandb_offline.yaml`.", 2
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, ValueError) and "/lightning/" in frames[-1].filename.replace("\\", "/"):
-        return str(error), 2  # Lightning says so of its own arguments
-    return "", 1
 
 
 def _quiet() -> None:

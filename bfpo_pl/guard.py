@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -14,6 +15,20 @@ from bfpo_pl.component import RunError
 
 class NonFiniteError(RunError):
     """A loss or a gradient was NaN or infinite; the update was not applied."""
+
+
+class Stopped(RunError):
+    """A signal stopped the run after a step; its checkpoint is saved.
+
+    Args:
+        number: The signal.
+        step: The last optimizer step.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"Stopped by {signal.Signals(number).name} after step {step}.")
+        self.number = number
+        self.exit_code = 128 + number
 
 
 class UpdateGuard:
@@ -78,7 +93,7 @@ class UpdateGuard:
         # One look at the device for all three, and one for what only a failure needs.
         loss_flag, norm_flag, stop_flag = mean_over_ranks(flags).tolist()
         if stop_flag > 0:
-            self.agreed = self.requested or 15
+            self.agreed = self.requested or int(signal.SIGTERM)
         if not loss_flag and not norm_flag:
             return
         what = _what_is_wrong(loss_flag > 0, bool(bad_loss), origins, named)

@@ -123,7 +123,7 @@ class PreferenceModule(ResponseModule):
                 f"model.references."
             )
         self._start_checked = False
-        self._train_metrics: PreferenceMetrics | None
+        self._train_metrics: Any
         self._val_metrics: PreferenceMetrics | None
 
     @property
@@ -255,7 +255,7 @@ class PreferenceModule(ResponseModule):
         self.guard.watch(objective.loss, batch.origins)
         self.log("loss", objective.loss.detach(), prog_bar=True, logger=False)
         if self._train_metrics is None:
-            self._train_metrics = PreferenceMetrics(batch.streams).to(self.device)
+            self._train_metrics = self.going_on(PreferenceMetrics(batch.streams))
         self._update(self._train_metrics, batch, objective)
         return objective.loss
 

@@ -16,7 +16,7 @@ from jsonargparse._util import import_object
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -24,13 +24,16 @@ from bfpo_pl.arguments import check_config_files, check_experiment, configs_firs
 from bfpo_pl.callbacks.export import ExportHF
 from bfpo_pl.callbacks.progress import progress_callback
 from bfpo_pl.callbacks.record import RunRecord
+from bfpo_pl.callbacks.stopping import OrderlyStop, end_children
 from bfpo_pl.callbacks.throughput import Throughput
 from bfpo_pl.checkpoints.file_io import AtomicCheckpointIO
 from bfpo_pl.checkpoints.find import find_checkpoint
 from bfpo_pl.checkpoints.keep import RunCheckpoints
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
+from bfpo_pl.loggers import MetricsFile
 from bfpo_pl.plugins import Plugin
-from bfpo_pl.runs import new_run_folder
+from bfpo_pl.resuming import AlreadyFinished, read_status, resumption
+from bfpo_pl.runs import check_writable, hand_down, new_run_folder, redacted
 from bfpo_pl.summary import print_validation
 
 
@@ -164,6 +167,13 @@ class BFPOCLI(LightningCLI):
         )
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
         parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            help="Go on with a run in its own folder, from its newest complete checkpoint: auto for the newest run of "
+            "this experiment and config, or else a new one; or a run's folder.",
+        )
+        parser.add_argument(
             "--verify",
             action="store_true",
             help="Compare all of the checkpoint at --ckpt_path with its hashes before it loads; sizes always are.",
@@ -189,14 +199,38 @@ class BFPOCLI(LightningCLI):
         config.ckpt_path = self._find_checkpoint(config)
         dumped = self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_none=False, format="yaml")
         self.record = yaml.safe_load(dumped)
-        self.run_folder = new_run_folder(config.runs, config.experiment)
+        self._choose_run_folder(config)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
         for logger in _loggers(config.trainer):
             arguments = logger.get("init_args", Namespace())
-            for key, value in (("save_dir", str(self.run_folder)), ("name", self.run_folder.name)):
+            own = {"save_dir": str(self.run_folder), "name": self.run_folder.name, "id": self._wandb_id()}
+            for key, value in own.items():
                 if key in arguments and arguments[key] in (None, "."):
                     arguments[key] = value
+
+    def _choose_run_folder(self, config: Namespace) -> None:
+        """A new folder for the run, or that of the run that goes on, with its checkpoint."""
+        experiment = Path(config.runs) / config.experiment
+        asked = config.get("resume")
+        if asked and self.subcommand != "fit":
+            raise UserError("--resume goes on with training; `bfpo validate` takes --ckpt_path.")
+        if asked and config.get("ckpt_path"):
+            raise UserError("Set --resume or --ckpt_path, not both: a run that goes on takes its own checkpoint.")
+        try:
+            found = resumption(asked, experiment, self.command, redacted(self.record), config.verify)
+        except AlreadyFinished as finished:
+            rank_zero_info(str(finished))
+            raise SystemExit(0) from None
+        if found is None:
+            self.run_folder = new_run_folder(config.runs, config.experiment)
+            check_writable(Path(config.runs))
+            return
+        self.run_folder = hand_down(found.folder)
+        config.ckpt_path = None if found.checkpoint is None else str(found.checkpoint)
+
+    def _wandb_id(self) -> str | None:
+        return (read_status(self.run_folder) or {}).get("wandb_id")
 
     @staticmethod
     def _find_checkpoint(config: Namespace) -> str | None:
@@ -220,12 +254,16 @@ class BFPOCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
             failed = False
+        except BaseException:
+            end_children(self.trainer)
+            raise
         finally:
             # Else the next run of this process would go on in this one's W&B run.
             if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
                 wandb.finish(exit_code=int(failed))
 
     def after_fit(self) -> None:
+        self.run_record.finish(self.trainer)
         report = getattr(self.datamodule, "report", {}).values()
         rows = sum(splits.get("validation", {}).get("rows", 0) for splits in report)
         if rows and not any(name.startswith("val/") for name in self.trainer.callback_metrics):
@@ -237,6 +275,7 @@ class BFPOCLI(LightningCLI):
         self._show_validation()
 
     def after_validate(self) -> None:
+        self.run_record.finish(self.trainer)
         self._show_validation()
 
     def _show_validation(self) -> None:
@@ -248,7 +287,7 @@ class BFPOCLI(LightningCLI):
         loggers: Any = config.trainer.logger
         loggers = loggers if isinstance(loggers, list) else [loggers]
         loggers = [logger for logger in loggers if isinstance(logger, Logger)]
-        kwargs["logger"] = [CSVLogger(str(self.run_folder), name="", version=""), *loggers]
+        kwargs["logger"] = [MetricsFile(self.run_folder), *loggers]
         kwargs["default_root_dir"] = str(self.run_folder)
         notes: dict[str, Any] = {"plugins": [f"{plugin.name} ({plugin.origin})" for plugin in self.plugins]}
         if config.get("ckpt_path"):
@@ -257,8 +296,10 @@ class BFPOCLI(LightningCLI):
         callbacks = list(configured) if isinstance(configured, list) else [configured]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(progress_callback())
-        record = RunRecord(self.run_folder, self.record, self.command, notes)
-        kwargs["callbacks"] = [record, Throughput(), *callbacks]
+        self.run_record = RunRecord(self.run_folder, self.record, self.command, notes)
+        kwargs["callbacks"] = [self.run_record, Throughput(), *callbacks]
+        if self.subcommand == "fit":
+            kwargs["callbacks"].append(OrderlyStop())
         more = [config[key] for key in self._parser(self.subcommand).callback_keys]
         if config.trainer.enable_checkpointing is False:
             more = [callback for callback in more if not isinstance(callback, ModelCheckpoint)]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bfpo_pl.batch import PairBatch, Window
 from bfpo_pl.component import RunError, UserError, check_range
 from bfpo_pl.data.loading import rank_and_world
-from bfpo_pl.guard import UpdateGuard
+from bfpo_pl.guard import Stopped, UpdateGuard
 from bfpo_pl.models.attention import AttentionBackend, Auto
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.checkpointing import Checkpointing, check_checkpointing, checkpoint_activations
@@ -31,6 +31,9 @@ from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import Everything, TrainablePart, parameter_counts
 from bfpo_pl.optimizers import clip_before_the_step, warn_of_lost_updates
 from bfpo_pl.schedules import Schedule, WarmupCosine
+
+STATE = "bfpo_pl"
+"""Key of the module's own state in a checkpoint."""
 
 
 class HeadMismatchError(RunError):
@@ -74,6 +77,7 @@ class ResponseModule(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._float_buffers: dict[str, Tensor] = {}
         self.guard = UpdateGuard(int(check_range(self, "max_nonfinite_steps", max_nonfinite_steps, 0)))
+        self._unlogged: dict[str, Tensor] | None = None
         self._train_metrics: Metric | None = None
         self._val_metrics: Metric | None = None
 
@@ -246,8 +250,42 @@ class ResponseModule(LightningModule):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.guard.norm)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the count of skipped steps, and each process's sums of the metrics that are not logged yet."""
+        metric = self._train_metrics
+        logged = metric is None or self.should_log()  # they will be, and reset, right after a save on a step's end
+        own = (
+            None
+            if metric is None or logged
+            else {k: v.cpu() for k, v in metric.metric_state.items() if isinstance(v, Tensor)}
+        )
+        everyones: list[Any] = [own]
+        if self.trainer.world_size > 1:
+            everyones = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everyones, own)
+        checkpoint[STATE] = {"skipped_steps": self.guard.skipped, "train_metrics": everyones}
+
+    def _restore_state(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get(STATE, {})
+        self.guard.skipped = int(state.get("skipped_steps", 0))
+        saved = state.get("train_metrics", [])
+        if len(saved) == self.trainer.world_size:
+            self._unlogged = saved[self.trainer.global_rank]
+        elif self.trainer.is_global_zero:  # of another number of processes: their sum is what will be logged
+            known = [each for each in saved if each]
+            self._unlogged = {name: sum(each[name] for each in known) for name in known[0]} if known else None
+
+    def going_on(self, metric: Metric) -> Metric:
+        """A new training metric, on the module's device, with what a checkpoint had not logged of it."""
+        metric = metric.to(self.device)
+        saved, self._unlogged = self._unlogged, None
+        for name, value in (saved or {}).items():
+            setattr(metric, name, value.to(self.device))
+        metric._update_count += bool(saved)
+        return metric
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compares a checkpoint's weights with the policy's before they load.
+        """Compares a checkpoint's weights with the policy's before they load, and takes over the state of its metrics.
 
         Raises:
             UserError: They are another model's; the message names the first that differs.
@@ -257,6 +295,7 @@ class ResponseModule(LightningModule):
             raise UserError(
                 f"The checkpoint is at step {step} and trainer.max_steps is {last}: nothing is left to train. Raise it."
             )
+        self._restore_state(checkpoint)
         own = self.state_dict()
         saved = checkpoint.get("state_dict", {})
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
@@ -284,6 +323,8 @@ class ResponseModule(LightningModule):
             self.log_train(self._train_metrics)
             if self.guard.skipped:
                 self.write({"train/skipped_steps": float(self.guard.skipped)})
+        if self.guard.agreed:  # checkpoints are saved before this hook, by callbacks
+            raise Stopped(self.guard.agreed, self.trainer.global_step)
 
     def on_validation_epoch_end(self) -> None:
         if self._val_metrics is not None:

@@ -374,3 +374,15 @@ def checkpoint_jobs(
     pair, log = outcomes(two, folder, torchrun)
     back, _ = outcomes({"two-to-one": fit("two-to-one", "single", at(folder / "sharded/*/*"))}, folder, alone)
     return folder, done | pair | back, log
+
+
+@pytest.fixture(name="command")
+def _command() -> Callable[..., list[str]]:
+    """The command line of `bfpo` after its subcommand, for a method under a strategy."""
+    return command
+
+
+@pytest.fixture(name="only_run")
+def _only_run() -> Callable[[Path, str], Run]:
+    """The run below a folder, which must be the only one."""
+    return only_run
