@@ -29,6 +29,7 @@ from bfpo_pl.callbacks.throughput import Throughput
 from bfpo_pl.checkpoints.file_io import AtomicCheckpointIO
 from bfpo_pl.checkpoints.find import find_checkpoint
 from bfpo_pl.checkpoints.keep import RunCheckpoints
+from bfpo_pl.component import UserError
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.loggers import MetricsFile
 from bfpo_pl.plugins import Plugin
@@ -196,6 +197,10 @@ class BFPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_experiment(config.experiment)
+        if config.resume and self.subcommand != "fit":
+            raise UserError("--resume goes on with training; `bfpo validate` takes --ckpt_path.")
+        if config.resume and config.get("ckpt_path"):
+            raise UserError("Set --resume or --ckpt_path, not both: a run that goes on takes its own checkpoint.")
         config.ckpt_path = self._find_checkpoint(config)
         dumped = self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_none=False, format="yaml")
         self.record = yaml.safe_load(dumped)
@@ -212,13 +217,8 @@ class BFPOCLI(LightningCLI):
     def _choose_run_folder(self, config: Namespace) -> None:
         """A new folder for the run, or that of the run that goes on, with its checkpoint."""
         experiment = Path(config.runs) / config.experiment
-        asked = config.get("resume")
-        if asked and self.subcommand != "fit":
-            raise UserError("--resume goes on with training; `bfpo validate` takes --ckpt_path.")
-        if asked and config.get("ckpt_path"):
-            raise UserError("Set --resume or --ckpt_path, not both: a run that goes on takes its own checkpoint.")
         try:
-            found = resumption(asked, experiment, self.command, redacted(self.record), config.verify)
+            found = resumption(config.resume, experiment, self.command, redacted(self.record), config.verify)
         except AlreadyFinished as finished:
             rank_zero_info(str(finished))
             raise SystemExit(0) from None

@@ -1,4 +1,4 @@
-"""Kills at random moments, among them during saves; the run goes on each time and ends where the undisturbed one does."""
+"""Kills at random moments, among them during saves; the run goes on each time, and ends as the undisturbed one does."""
 
 import json
 import os
