@@ -101,13 +101,15 @@ class RunCheckpoints(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return  # never amid an optimizer step
         due = self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
         if self._train_time_interval is not None and self._last_time_checked is not None:
             passed = time.monotonic() - self._last_time_checked >= self._train_time_interval.total_seconds()
             if passed := trainer.strategy.broadcast(passed):
                 self._last_time_checked = time.monotonic()
             due = due or passed
-        if due and not trainer.fit_loop._should_accumulate():  # never amid an optimizer step
+        if due:
             self.save_now(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
