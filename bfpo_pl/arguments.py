@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from bfpo_pl.component import UserError
+from bfpo_pl.sharded_reading import read_metadata
 
 _HELP = re.compile(r"--(?P<key>[\w.]+)\.help(=(?P<name>[\w.]+))?$")
 
@@ -50,16 +51,19 @@ def check_config_files(args: list[str]) -> None:
 
 
 def check_checkpoint(path: str | Path | None) -> None:
-    """Fails before any weight loads if a checkpoint is not there.
+    """Fails before any weight loads if a checkpoint is not there, or is a folder that would run code.
 
     Raises:
         UserError: There is no such file or folder; the message lists those beside it.
+        ForeignCodeError: It is a sharded checkpoint that would run code.
     """
     if path is None or str(path) == "hpc" or "://" in str(path):
         return
     if Path(path).is_dir() and not (Path(path) / ".metadata").is_file():
         inside = sorted(item.name for item in Path(path).glob("**/*.ckpt"))
         raise UserError(f"'{path}' is a folder, not a checkpoint. Checkpoints in it: {', '.join(inside) or 'none'}.")
+    if Path(path).is_dir():
+        read_metadata(path)
     if Path(path).exists():
         return
     if str(path) in ("last", "best"):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from bfpo_pl.component import RunError, UserError
 from bfpo_pl.plugins import Plugin, load_plugins
+from bfpo_pl.redaction import redacted_text
 
 
 def fit(args: list[str], plugins: list[Plugin]) -> object:
@@ -130,13 +131,15 @@ def main(args: list[str] | None = None) -> object:
         message, code = _explained(error)
         if not message or TRACEBACK_VARIABLE in os.environ:
             raise
-        sys.stderr.write(f"bfpo: error: {message}\n")
+        sys.stderr.write(f"bfpo: error: {redacted_text(message)}\n")
         raise SystemExit(code) from error
 
 
 def _explained(error: BaseException) -> tuple[str, int]:
     """One message and an exit code for a mistake or a run that had to stop; an empty message for a bug."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from bfpo_pl.sharded_reading import ForeignCodeError
 
     seen: list[BaseException] = []
     cause: BaseException | None = error
@@ -150,10 +153,8 @@ def _explained(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MisconfigurationException | OSError):
         return str(error), 2
     if isinstance(error, pickle.UnpicklingError):
-        return (
-            "The checkpoint cannot be read without running code from it, so it is refused.",
-            2,
-        )
+        why = f" ({error})" if isinstance(error, ForeignCodeError) else ""
+        return f"The checkpoint cannot be read without running code from it, so it is refused{why}.", 2
     if type(error).__module__.startswith("wandb"):
         return f"W&B: {error} Or log without a network: `-c configs/logger/wandb_offline.yaml`.", 2
     frames = traceback.extract_tb(error.__traceback__)
@@ -177,9 +178,15 @@ def _quiet() -> None:
     said = re.compile("litlogger|^TPU available|^GPU available: False")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: not said.search(str(record.msg)))
+    logger.addFilter(_without_secrets)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redacted_text(record.getMessage()), None
+    return True
 
 
 def run() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -28,7 +30,9 @@ from bfpo_pl.callbacks.throughput import Throughput
 from bfpo_pl.component import UserError
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.plugins import Plugin
+from bfpo_pl.redaction import redacted_text, secrets_off_the_command_line
 from bfpo_pl.runs import new_run_folder
+from bfpo_pl.sharded_reading import plain_sharded_reads
 from bfpo_pl.summary import print_validation
 
 
@@ -68,7 +72,7 @@ class Parser(LightningArgumentParser):
 
 def _readable(message: str) -> str:
     text = re.sub(r"\n\s*\n+", "\n", message.strip())
-    return re.sub(r"(Subcommand|Parser) key", "key", text)
+    return redacted_text(re.sub(r"(Subcommand|Parser) key", "key", text))
 
 
 def _hint(message: str, typed: list[str]) -> str:
@@ -181,6 +185,11 @@ class BFPOCLI(LightningCLI):
         config = self.config[self.subcommand]
         check_experiment(config.experiment)
         check_checkpoint(config.get("ckpt_path"))
+        if config.get("weights_only") is False:
+            raise UserError(
+                "weights_only: false would let a checkpoint run code when it loads. bfpo's checkpoints hold plain data "
+                "and do not need it: leave it out."
+            )
         dumped = self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_none=False, format="yaml")
         self.record = yaml.safe_load(dumped)
         self.run_folder = new_run_folder(config.runs, config.experiment)
@@ -200,10 +209,15 @@ class BFPOCLI(LightningCLI):
         if self.subcommand == "validate" and not self.config[self.subcommand].get("ckpt_path"):
             rank_zero_info("No --ckpt_path: what is validated is the policy as its source gives it, before any fit.")
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # Lightning's default for an address is to run what is in it.
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
     def _run_subcommand(self, subcommand: str) -> None:
         failed = True
         try:
-            super()._run_subcommand(subcommand)
+            with plain_sharded_reads(), redacted_wandb():
+                super()._run_subcommand(subcommand)
             failed = False
         finally:
             # Else the next run of this process would go on in this one's W&B run.
@@ -250,6 +264,23 @@ class BFPOCLI(LightningCLI):
         trainer = self._instantiate_trainer({**config.trainer, **kwargs}, more)
         _check_strategy_reads(config.get("ckpt_path"), trainer)
         return trainer
+
+
+@contextmanager
+def redacted_wandb() -> Iterator[None]:
+    """Lets W&B, which writes down its own options and the command line of its process, see both without secrets."""
+    start = wandb.init
+
+    def init(**options: Any) -> Any:
+        shown: dict[str, Any] = {k: redacted_text(v) if isinstance(v, str) else v for k, v in options.items()}
+        with secrets_off_the_command_line():
+            return start(**shown)
+
+    wandb.init = init  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        wandb.init = start
 
 
 def _check_strategy_reads(checkpoint: Any, trainer: Trainer) -> None:

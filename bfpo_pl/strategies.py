@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from bfpo_pl.sharded_reading import plain_sharded_reads
+
 
 class FSDP2(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with every process data-parallel, whatever their number.
@@ -44,3 +46,7 @@ class FSDP2(ModelParallelStrategy):
             # last.ckpt is meant to be overwritten
             warnings.filterwarnings("ignore", "Detected an existing checkpoint")
             super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> dict[str, Any]:
+        with plain_sharded_reads():
+            return super().load_checkpoint(checkpoint_path, weights_only=True)  # Lightning drops it on resume

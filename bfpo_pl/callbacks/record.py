@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from bfpo_pl.runs import environment, redacted
+from bfpo_pl.redaction import redacted
+from bfpo_pl.runs import environment
 
 
 class RunRecord(Callback):
