@@ -50,6 +50,14 @@ def data(args: list[str], plugins: list[Plugin]) -> object:
     return run_data(args, plugins)
 
 
+def export(args: list[str], plugins: list[Plugin]) -> object:
+    """Writes a checkpoint of a run as a Hugging Face folder, merged or as an adapter, with a model card."""
+    from bfpo_pl.export.command import export_run
+    from bfpo_pl.function_parser import call_with
+
+    return call_with("bfpo export", export_run, args)
+
+
 def components(args: list[str], plugins: list[Plugin]) -> None:
     """Lists labelings, losses, references, sources and plugins; with a NAME, says what it means and takes."""
     import bfpo_pl.data.datamodule  # noqa: F401  # its imports define the components
@@ -85,6 +93,7 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "sft": sft,
     "reference": reference,
     "data": data,
+    "export": export,
     "components": components,
     "demo": demo,
 }
