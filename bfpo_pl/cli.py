@@ -58,6 +58,14 @@ def export(args: list[str], plugins: list[Plugin]) -> object:
     return call_with("bfpo export", export_run, args)
 
 
+def generate(args: list[str], plugins: list[Plugin]) -> object:
+    """Chats in the terminal with a run, an export or a model of the Hub; answers one prompt in a pipe."""
+    from bfpo_pl.chat.command import chat
+    from bfpo_pl.function_parser import call_with
+
+    return call_with("bfpo generate", chat, args)
+
+
 def components(args: list[str], plugins: list[Plugin]) -> None:
     """Lists labelings, losses, references, sources and plugins; with a NAME, says what it means and takes."""
     import bfpo_pl.data.datamodule  # noqa: F401  # its imports define the components
@@ -94,6 +102,7 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "reference": reference,
     "data": data,
     "export": export,
+    "generate": generate,
     "components": components,
     "demo": demo,
 }

@@ -30,7 +30,7 @@ from bfpo_pl.callbacks.throughput import Throughput
 from bfpo_pl.component import UserError
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.plugins import Plugin
-from bfpo_pl.redaction import redacted_text, secrets_off_the_command_line
+from bfpo_pl.redaction import redacted, redacted_text, secrets_off_the_command_line
 from bfpo_pl.runs import new_run_folder
 from bfpo_pl.sharded_reading import plain_sharded_reads
 from bfpo_pl.summary import print_validation
@@ -272,7 +272,7 @@ def redacted_wandb() -> Iterator[None]:
     start = wandb.init
 
     def init(**options: Any) -> Any:
-        shown: dict[str, Any] = {k: redacted_text(v) if isinstance(v, str) else v for k, v in options.items()}
+        shown: dict[str, Any] = {k: redacted(v) if isinstance(v, str | list) else v for k, v in options.items()}
         with secrets_off_the_command_line():
             return start(**shown)
 

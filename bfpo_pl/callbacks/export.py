@@ -44,9 +44,8 @@ class ExportHF(Callback):
         run = Path(trainer.default_root_dir)
         folder = Path(self.folder) if self.folder else run / "export"
         template = getattr(getattr(trainer, "datamodule", None), "template", None)
-        jinja = None if template is None else template.source(pl_module.tokenizer)
         try:
-            self._export(pl_module, run, folder, jinja, trainer.global_step, trainer.is_global_zero)
+            self._export(pl_module, run, folder, template, trainer.global_step, trainer.is_global_zero)
         except (UserError, OSError) as error:
             raise RunError(
                 f"The fit is done, but its export failed: {error} The checkpoints are in {run / 'checkpoints'}: "
@@ -54,9 +53,7 @@ class ExportHF(Callback):
             ) from error
         trainer.strategy.barrier("export")
 
-    def _export(
-        self, module: ResponseModule, run: Path, folder: Path, jinja: str | None, step: int, writes: bool
-    ) -> None:
+    def _export(self, module: ResponseModule, run: Path, folder: Path, template: Any, step: int, writes: bool) -> None:
         """Gathers the weights over all ranks, which must all call, and writes them on the one that writes."""
         assert module.policy is not None
         adapted = any(is_adapters(name) for name, _ in module.policy.named_parameters())
@@ -68,6 +65,6 @@ class ExportHF(Callback):
         base = module.source.origin[0] if module.source.origin else None
         title = run.resolve().name if self.folder is None else folder.resolve().name
         card = model_card(run, step, base, alone, title)
-        policy = Architecture(module.source, module.trainable, module.tokenizer, jinja)
+        policy = Architecture(module.source, module.trainable, module.tokenizer, template)
         export_policy(weights, policy, folder, self.form, card, replace=True)
         rank_zero_info(f"Exported the policy to {folder}")

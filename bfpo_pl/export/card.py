@@ -35,7 +35,7 @@ def model_card(folder: Path | None, step: int | None, base: str | None, adapter:
         _front_matter(config, model, base, adapter),
         f"# {title}\n",
         _summary(model, base, step, adapter),
-        _loading(base, adapter),
+        _loading(base, adapter, (config.get("data") or {}).get("template")),
         _method(model, config),
         _data(config, report),
         _metrics(folder, config, step),
@@ -114,7 +114,9 @@ def _summary(model: dict[str, Any], base: str | None, step: int | None, adapter:
     )
 
 
-def _loading(base: str | None, adapter: bool) -> str:
+def _loading(base: str | None, adapter: bool, template: Any) -> str:
+    system = (template.get("init_args") or {}).get("system") if isinstance(template, dict) else None
+    said = "" if system is None else f" Conversations without a system message had this one in training: {system!r}."
     extra = f"  # loads {base} first" if adapter and base else ""
     return f"""## How to load it
 
@@ -129,7 +131,7 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))
 ```
 
-The tokenizer carries the chat template that training used. `bfpo generate --model FOLDER` chats in the terminal.
+The tokenizer carries the chat template that training used.{said} `bfpo generate --model FOLDER` chats in the terminal.
 """
 
 

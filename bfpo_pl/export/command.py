@@ -54,7 +54,7 @@ def export_run(
     source = recorded.source()
     source.check()
     tokenizer = source.load_tokenizer()
-    policy = Architecture(source, recorded.trainable(), tokenizer, recorded.chat_template(tokenizer))
+    policy = Architecture(source, recorded.trainable(), tokenizer, recorded.template())
     saved = SavedPolicy(path)
     adapter = not merge and any(is_adapters(name) for name in saved.tensors)
     if not merge and not adapter:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bfpo_pl.component import UserError
+from bfpo_pl.data.templates import ChatTemplate
 from bfpo_pl.export.folder import replaced_folder, require_space
 from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import TrainablePart
@@ -46,13 +46,14 @@ class Architecture:
         source: Where its base model comes from.
         trainable: What of it trained.
         tokenizer: Its tokenizer.
-        chat_template: The jinja template that training used. Default: the tokenizer's own.
+        template: How training made tokens of conversations: its jinja template goes with the tokenizer, and its stop
+            tokens into the generation config. Default: as the base model has them.
     """
 
     source: ModelSource
     trainable: TrainablePart
     tokenizer: PreTrainedTokenizerBase
-    chat_template: str | None = None
+    template: ChatTemplate | None = None
 
 
 def is_adapters(name: str) -> bool:
@@ -94,12 +95,30 @@ def export_policy(
     network.to(next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))  # type: ignore[arg-type]
     require_space(folder, size(weights))
     tokenizer = copy.copy(policy.tokenizer)
-    tokenizer.chat_template = policy.chat_template or tokenizer.chat_template
+    if policy.template is not None:
+        tokenizer.chat_template = policy.template.source(policy.tokenizer)
+        add_stop_tokens(network, tokenizer, policy.template.stop_tokens)
     with replaced_folder(folder, replace) as part:
         network.save_pretrained(part, state_dict=weights, max_shard_size=form.max_shard_size)
         tokenizer.save_pretrained(part)
         (part / CARD).write_text(card, encoding="utf-8")
     weights.clear()
+
+
+def add_stop_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+    """Lets tokens at which training ended responses end generation as well, besides those that do already.
+
+    Args:
+        network: The model whose generation config it is.
+        tokenizer: Its tokenizer.
+        tokens: The tokens.
+    """
+    config: Any = network.generation_config
+    if not tokens or config is None:
+        return
+    given = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    known = [] if given is None else [given] if isinstance(given, int) else list(given)
+    config.eos_token_id = list(dict.fromkeys([*known, *(tokenizer.convert_tokens_to_ids(token) for token in tokens)]))
 
 
 def size(weights: Mapping[str, Tensor]) -> int:
@@ -175,9 +194,3 @@ def _share_tied(weights: dict[str, Tensor], network: PreTrainedModel) -> None:
             if not torch.equal(weights[known], weights[name]):
                 raise UserError(f"{name} and {known} are one parameter of the model, but differ in these weights.")
             weights[name] = weights[known]
-
-
-def adapter_base(folder: Path) -> str | None:
-    """The base model that an adapter's folder names; None if the folder holds no adapter."""
-    config = folder / "adapter_config.json"
-    return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.is_file() else None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from bfpo_pl.component import UserError
 from bfpo_pl.data.templates import ChatTemplate
@@ -62,18 +61,14 @@ class Run:
         given = self.config["model"].get("trainable")
         return self._component("model.trainable", TrainablePart, given) if given else Everything()
 
-    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The jinja template that training used.
-
-        Args:
-            tokenizer: The policy's tokenizer, whose own template is the default.
+    def template(self) -> ChatTemplate:
+        """How training made tokens of conversations.
 
         Raises:
-            UserError: There is none, or its class cannot be imported.
+            UserError: Its class cannot be imported or takes other arguments.
         """
         given = (self.config.get("data") or {}).get("template")
-        template = self._component("data.template", ChatTemplate, given) if given else ChatTemplate()
-        return template.source(tokenizer)
+        return self._component("data.template", ChatTemplate, given) if given else ChatTemplate()
 
     def _component(self, key: str, base: type, given: Any) -> Any:
         self._check_class(key, given["class_path"] if isinstance(given, dict) else given)

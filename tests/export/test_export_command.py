@@ -172,6 +172,20 @@ def test_the_fit_writes_the_same_card(runs, bfpo, tmp_path):
     assert (folder / "README.md").read_text() == (runs["file"] / "export/README.md").read_text()
 
 
+def test_the_templates_stop_tokens_end_generation(base_model, bfpo, tmp_path):
+    more = [
+        *("--model.policy=HFModel", f"--model.policy.path={base_model}", "--data.template=ChatTemplate"),
+        *("--data.template.stop_tokens=[<sep>]", "--data.template.system=be safe"),
+    ]
+    run = bfpo("fit", *BASE, *SMALL, *more, f"--runs={tmp_path / 'runs'}").run_folder
+    folder = bfpo("export", "--run", run, "--to", tmp_path / "new")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stops = [tokenizer.eos_token_id, tokenizer.sep_token_id]
+    for exported in (folder, run / "export"):
+        assert GenerationConfig.from_pretrained(exported).eos_token_id == stops
+        assert "had this one in training: 'be safe'" in (exported / "README.md").read_text()
+
+
 # ---- what can be wrong --------------------------------------------------------------------------------------------
 
 

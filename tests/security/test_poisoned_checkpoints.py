@@ -24,10 +24,12 @@ def commands(run, checkpoint, tmp_path):
     return {
         "fit": ("fit", *config, runs, *fit, f"--ckpt_path={checkpoint}"),
         "validate": ("validate", *config, runs, f"--ckpt_path={checkpoint}"),
+        "export": ("export", f"--run={run}", f"--to={tmp_path / 'exported'}", f"--checkpoint={checkpoint}"),
+        "generate": ("generate", f"--model={run}", "--checkpoint=last", "--prompt=open the window"),
     }
 
 
-NAMES = ("fit", "validate")
+NAMES = ("fit", "validate", "export", "generate")
 
 
 @pytest.mark.parametrize("command", NAMES)
@@ -81,6 +83,22 @@ def test_an_entry_of_a_folder_that_is_no_tensor(name, sharded_run, copied, paylo
     checkpoint = run / "checkpoints" / "last.ckpt"
     poison_bytes(checkpoint, name, payload)
     assert WITHOUT_CODE in refused(*commands(run, checkpoint, tmp_path)["fit"])
+
+
+def test_a_shard_of_a_folder(sharded_run, copied, payload, refused, tmp_path):
+    run = copied(sharded_run)
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    metadata = read_metadata(checkpoint)
+    written = io.BytesIO()
+    torch.save(payload, written)
+    [info] = [i for index, i in metadata.storage_data.items() if index.fqn == "state_dict.policy.model.norm.weight"]
+    with (checkpoint / info.relative_path).open("ab") as file:
+        info.offset, info.length = file.tell(), len(written.getvalue())
+        file.write(written.getvalue())
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    for name in NAMES:
+        assert WITHOUT_CODE in refused(*commands(run, checkpoint, tmp_path)[name])
+    assert not (tmp_path / "exported").exists()
 
 
 def test_the_payload_would_run_without_the_guard(sharded_run, copied, payload):
