@@ -152,13 +152,15 @@ def test_the_optimizer_is_not_read(runs, bfpo, tmp_path):
 def test_the_card_says_what_was_trained_and_holds_no_home(runs, bfpo, tmp_path):
     run = shutil.copytree(runs["file"], tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["data"]["cache"] = "/home/alice/cache"
+    config["data"] |= {"cache": "/home/alice/cache", "template": {"class_path": "ChatTemplate"}}
+    config["data"]["template"]["init_args"] = {"system": "be safe"}
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     text = (bfpo("export", "--run", run, "--to", tmp_path / "new") / "README.md").read_text()
     matter = yaml.safe_load(text.split("---")[1])
     assert (matter["library_name"], matter["pipeline_tag"]) == ("transformers", "text-generation")
     for part in ("BFPO(b1=3.0", "Squared(tau=0.5)", "| safety | train |", "| 40 | none | 4 |", "git revision"):
         assert part in text
+    assert "had this one in training: 'be safe'" in text
     assert "alice" not in text
     assert "~/cache" in text
     metrics = [line for line in text.splitlines() if line.startswith("| val/safety/all/loss ")]
@@ -174,8 +176,8 @@ def test_the_fit_writes_the_same_card(runs, bfpo, tmp_path):
 
 def test_the_templates_stop_tokens_end_generation(base_model, bfpo, tmp_path):
     more = [
-        *("--model.policy=HFModel", f"--model.policy.path={base_model}", "--data.template=ChatTemplate"),
-        *("--data.template.stop_tokens=[<sep>]", "--data.template.system=be safe"),
+        *("--model.policy=HFModel", f"--model.policy.path={base_model}"),
+        *("--data.template=ChatTemplate", "--data.template.stop_tokens=[<sep>]"),
     ]
     run = bfpo("fit", *BASE, *SMALL, *more, f"--runs={tmp_path / 'runs'}").run_folder
     folder = bfpo("export", "--run", run, "--to", tmp_path / "new")
@@ -183,7 +185,6 @@ def test_the_templates_stop_tokens_end_generation(base_model, bfpo, tmp_path):
     stops = [tokenizer.eos_token_id, tokenizer.sep_token_id]
     for exported in (folder, run / "export"):
         assert GenerationConfig.from_pretrained(exported).eos_token_id == stops
-        assert "had this one in training: 'be safe'" in (exported / "README.md").read_text()
 
 
 # ---- what can be wrong --------------------------------------------------------------------------------------------
