@@ -86,15 +86,25 @@ def _device(name: str) -> torch.device:
 def _from_folder(name: str, dtype: Dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file():
-        return _from_adapter(folder, dtype, trust_remote_code)
+        return load_adapter(folder, dtype, trust_remote_code)
     source = HFModel(name, dtype=dtype, trust_remote_code=trust_remote_code)
     source.check()
     return source.load_model(), source.load_tokenizer()
 
 
-def _from_adapter(
-    folder: Path, dtype: Dtype, trust_remote_code: bool
+def load_adapter(
+    folder: Path, dtype: Dtype = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model with an adapter on it, and the tokenizer.
+
+    Args:
+        folder: The adapter's folder, which names the base model.
+        dtype: Type of the base model's parameters; ``auto`` is the one they are saved in.
+        trust_remote_code: Whether the base model's own code may run.
+
+    Raises:
+        UserError: The base model is not there, or the adapter is a file that can run code.
+    """
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(
             f"The adapter '{folder}' has no adapter_model.safetensors. Other weight formats can run code when they "
@@ -106,7 +116,7 @@ def _from_adapter(
     source.check()
     model = source.load_model()
     model.load_adapter(str(folder), use_safetensors=True)
-    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _from_checkpoint(run: Run, checkpoint: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -10,9 +10,10 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_runs import BASE, LORA, SMALL, TINY, checkpoint, logits
+from small_runs import BASE, LORA, SHARDED, SMALL, TINY, checkpoint, logits
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import bfpo_pl
 from bfpo_pl.models.trainable import LoRA
 from bfpo_pl.sharded_reading import read_metadata
 
@@ -21,6 +22,10 @@ KINDS = ["file", "sharded", "lora", "sharded-lora", "bfloat16"]
 
 def contents(folder, *but):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in but}
+
+
+def fresh(base_model):
+    return AutoModelForCausalLM.from_pretrained(base_model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,19 +93,16 @@ def test_an_adapter_alone_is_what_peft_and_transformers_load(kind, runs, base_mo
     assert names
     assert all("lora_" in name and name.startswith("base_model.model.model.layers.") for name in names)
 
-    def fresh():
-        return AutoModelForCausalLM.from_pretrained(base_model)
-
-    start = logits(fresh())
-    by_peft = logits(PeftModel.from_pretrained(fresh(), folder))
-    plain = fresh()
+    start = logits(fresh(base_model))
+    by_peft = logits(PeftModel.from_pretrained(fresh(base_model), folder))
+    plain = fresh(base_model)
     plain.load_adapter(str(folder))
     by_folder = logits(AutoModelForCausalLM.from_pretrained(folder))
     assert torch.equal(by_peft, logits(plain))
     assert torch.equal(by_peft, by_folder)
     assert (by_peft - start).abs().max() > 1e-3
     # What the checkpoint's own weights compute, put into a network by hand.
-    network = fresh()
+    network = fresh(base_model)
     LoRA(r=4).apply(network)
     step = runs["lora"] / "checkpoints/last.ckpt"
     saved = torch.load(step, weights_only=True)["state_dict"]
@@ -109,6 +111,17 @@ def test_an_adapter_alone_is_what_peft_and_transformers_load(kind, runs, base_mo
     merged = AutoModelForCausalLM.from_pretrained(runs[kind] / "export")
     torch.testing.assert_close(logits(merged), by_peft, atol=1e-5, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+@pytest.mark.parametrize("strategy", [[], SHARDED], ids=["one process", "fsdp2"])
+def test_a_fit_may_leave_the_adapter_alone(strategy, base_model, bfpo, tmp_path):
+    more = ["--model.policy=HFModel", f"--model.policy.path={base_model}", *LORA, "--export.merge=false"]
+    run = bfpo("fit", *BASE, *strategy, *SMALL, *more, f"--runs={tmp_path / 'runs'}").run_folder
+    folder = bfpo("export", "--run", run, "--to", tmp_path / "new", "--merge", "false")
+    assert contents(run / "export", "README.md") == contents(folder, "README.md")
+    model, tokenizer = bfpo_pl.load(run)
+    assert torch.equal(logits(model), logits(PeftModel.from_pretrained(fresh(base_model), folder)))
+    assert tokenizer.chat_template
 
 
 def test_merging_is_base_plus_scaled_product(runs, base_model):
