@@ -35,7 +35,10 @@ class ExportHF(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.folder and self.enabled:
-            check_target(Path(self.folder), replace=True)
+            try:
+                check_target(Path(self.folder), replace=True)
+            except UserError as error:
+                raise UserError(f"export.folder: {error}") from error
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ResponseModule)
