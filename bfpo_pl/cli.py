@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from bfpo_pl.failures import exit_code, explained
 from bfpo_pl.plugins import Plugin, load_plugins
+from bfpo_pl.redaction import redacted_text
 
 
 def fit(args: list[str], plugins: list[Plugin]) -> object:
@@ -54,6 +55,22 @@ def checkpoints(args: list[str], plugins: list[Plugin]) -> None:
     run_checkpoints(args)
 
 
+def export(args: list[str], plugins: list[Plugin]) -> object:
+    """Writes a checkpoint of a run as a Hugging Face folder, merged or as an adapter, with a model card."""
+    from bfpo_pl.export.command import export_run
+    from bfpo_pl.function_parser import call_with
+
+    return call_with("bfpo export", export_run, args)
+
+
+def generate(args: list[str], plugins: list[Plugin]) -> object:
+    """Chats in the terminal with a run, an export or a model of the Hub; answers one prompt in a pipe."""
+    from bfpo_pl.chat.command import chat
+    from bfpo_pl.function_parser import call_with
+
+    return call_with("bfpo generate", chat, args)
+
+
 def components(args: list[str], plugins: list[Plugin]) -> None:
     """Lists labelings, losses, references, sources and plugins; with a NAME, says what it means and takes."""
     import bfpo_pl.data.datamodule  # noqa: F401  # its imports define the components
@@ -90,6 +107,8 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "reference": reference,
     "data": data,
     "checkpoints": checkpoints,
+    "export": export,
+    "generate": generate,
     "components": components,
     "demo": demo,
 }
@@ -139,7 +158,7 @@ def main(args: list[str] | None = None) -> object:
         message, code = explained(error)
         if not message or TRACEBACK_VARIABLE in os.environ:
             raise
-        sys.stderr.write(f"bfpo: error: {message}\n")
+        sys.stderr.write(f"bfpo: error: {redacted_text(message)}\n")
         raise SystemExit(code) from error
 
 
@@ -158,9 +177,15 @@ def _quiet() -> None:
     said = re.compile("litlogger|^TPU available|^GPU available: False")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: not said.search(str(record.msg)))
+    logger.addFilter(_without_secrets)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redacted_text(record.getMessage()), None
+    return True
 
 
 def run() -> None:

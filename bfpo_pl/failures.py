@@ -8,7 +8,6 @@ import signal
 import traceback
 
 from bfpo_pl.component import RunError, UserError
-from bfpo_pl.guard import Stopped
 from bfpo_pl.runs import started_by_another
 
 MISTAKE = 2
@@ -34,6 +33,9 @@ def explained(error: BaseException) -> tuple[str, int]:
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from bfpo_pl.checkpoints.shards import ForeignCodeError
+    from bfpo_pl.guard import Stopped
+
     causes = _causes(error)
     for cause in causes:
         if isinstance(cause, UserError):  # the parser wraps what a component says of its arguments
@@ -47,9 +49,10 @@ def explained(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MisconfigurationException | OSError):
         return str(error), MISTAKE
     if isinstance(error, pickle.UnpicklingError):
+        why = f" ({error})" if isinstance(error, ForeignCodeError) else ""
         return (
-            "The checkpoint cannot be read without running code from it, so it is refused. If you wrote it, it may be "
-            "damaged: `bfpo checkpoints RUN --verify`."
+            f"The checkpoint cannot be read without running code from it, so it is refused{why}. If you wrote it, it "
+            "may be damaged: `bfpo checkpoints RUN --verify`."
         ), MISTAKE
     if type(error).__module__.startswith("wandb"):
         return f"W&B: {error} Or log without a network: `-c configs/logger/wandb_offline.yaml`.", MISTAKE

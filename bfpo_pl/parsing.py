@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -29,12 +31,14 @@ from bfpo_pl.callbacks.throughput import Throughput
 from bfpo_pl.checkpoints.file_io import AtomicCheckpointIO
 from bfpo_pl.checkpoints.find import find_checkpoint
 from bfpo_pl.checkpoints.keep import RunCheckpoints
+from bfpo_pl.checkpoints.shards import plain_sharded_reads
 from bfpo_pl.component import UserError
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.loggers import MetricsFile
 from bfpo_pl.plugins import Plugin
+from bfpo_pl.redaction import redacted, redacted_text, secrets_off_the_command_line
 from bfpo_pl.resuming import AlreadyFinished, read_status, resumption
-from bfpo_pl.runs import check_writable, hand_down, new_run_folder, redacted
+from bfpo_pl.runs import check_writable, hand_down, new_run_folder
 from bfpo_pl.summary import print_validation
 
 
@@ -74,7 +78,7 @@ class Parser(LightningArgumentParser):
 
 def _readable(message: str) -> str:
     text = re.sub(r"\n\s*\n+", "\n", message.strip())
-    return re.sub(r"(Subcommand|Parser) key", "key", text)
+    return redacted_text(re.sub(r"(Subcommand|Parser) key", "key", text))
 
 
 def _hint(message: str, typed: list[str]) -> str:
@@ -197,6 +201,11 @@ class BFPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_experiment(config.experiment)
+        if config.get("weights_only") is False:
+            raise UserError(
+                "weights_only: false would let a checkpoint run code when it loads. bfpo's checkpoints hold plain data "
+                "and do not need it: leave it out."
+            )
         if config.resume and self.subcommand != "fit":
             raise UserError("--resume goes on with training; `bfpo validate` takes --ckpt_path.")
         if config.resume and config.get("ckpt_path"):
@@ -249,10 +258,15 @@ class BFPOCLI(LightningCLI):
         if self.subcommand == "validate" and not self.config[self.subcommand].get("ckpt_path"):
             rank_zero_info("No --ckpt_path: what is validated is the policy as its source gives it, before any fit.")
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # Lightning's default for an address is to run what is in it.
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
     def _run_subcommand(self, subcommand: str) -> None:
         failed = True
         try:
-            super()._run_subcommand(subcommand)
+            with plain_sharded_reads(), redacted_wandb():
+                super()._run_subcommand(subcommand)
             failed = False
         except BaseException:
             end_children(self.trainer)
@@ -313,6 +327,23 @@ def _with_checkpoint_io(configured: Any) -> list[Any]:
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(AtomicCheckpointIO())
     return plugins
+
+
+@contextmanager
+def redacted_wandb() -> Iterator[None]:
+    """Lets W&B, which writes down its own options and the command line of its process, see both without secrets."""
+    start = wandb.init
+
+    def init(**options: Any) -> Any:
+        shown: dict[str, Any] = {k: redacted(v) if isinstance(v, str | list) else v for k, v in options.items()}
+        with secrets_off_the_command_line():
+            return start(**shown)
+
+    wandb.init = init  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        wandb.init = start
 
 
 def _loggers(trainer: Namespace) -> list[Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import secrets
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bfpo_pl.component import UserError
+from bfpo_pl.redaction import redacted_command
 
 RUN_VARIABLE = "BFPO_RUN_DIR"
 """Hands the launching process's run folder down to the processes that it starts, as ``<its id>:<folder>``."""
@@ -34,8 +33,6 @@ PACKAGES = (
     "wandb",
     "numpy",
 )
-
-_SECRET = re.compile(r"(^|[_.\-])(token|api_?key|secret|password)$", re.IGNORECASE)
 
 
 def new_run_folder(root: str | Path, experiment: str) -> Path:
@@ -111,29 +108,6 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def redacted(config: Any) -> Any:
-    """A copy of a nested config in which the values of keys that name a secret are replaced by ``<redacted>``."""
-    if isinstance(config, dict):
-        return {
-            key: "<redacted>" if value is not None and _SECRET.search(str(key)) else redacted(value)
-            for key, value in config.items()
-        }
-    return [redacted(item) for item in config] if isinstance(config, list) else config
-
-
-def redacted_command(arguments: list[str]) -> str:
-    """A command line as one would type it, with the values of options that name a secret replaced."""
-    shown, hide_next = [], False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        if hide_next:
-            argument, hide_next = "<redacted>", False
-        elif name.startswith("--") and _SECRET.search(name):
-            argument, hide_next = f"{name}{equals}" + ("<redacted>" if equals else ""), not equals
-        shown.append(shlex.quote(argument) if argument != "<redacted>" else argument)
-    return " ".join(shown)
 
 
 def _version(name: str) -> str | None:

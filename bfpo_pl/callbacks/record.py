@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from bfpo_pl.component import UserError
 from bfpo_pl.guard import Stopped
 from bfpo_pl.loggers import MetricsFile
+from bfpo_pl.redaction import redacted
 from bfpo_pl.resuming import FAILED, FINISHED, RUNNING, STOPPED, read_status, write_status
-from bfpo_pl.runs import environment, redacted
+from bfpo_pl.runs import environment
 
 
 class RunRecord(Callback):

@@ -38,7 +38,7 @@ def problem(path: Path, verify: bool = False) -> str | None:
         The end of a sentence that names the checkpoint.
 
     Raises:
-        UserError: It would run code if it were read.
+        ForeignCodeError: It would run code if it were read.
     """
     try:
         if not path.exists():
@@ -100,11 +100,7 @@ def _check_folder(path: Path, verify: bool) -> None:
         _check_files(path, manifest, verify)
     try:
         metadata = read_metadata(path)
-    except pickle.UnpicklingError as error:
-        if "names" in str(error):
-            raise UserError(f"The checkpoint {path} is refused, for reading it would run code: {error}.") from error
-        raise DamageError(f"its file {METADATA} cannot be read") from error
-    except (EOFError, AttributeError, ValueError, TypeError, IndexError, KeyError) as error:
+    except UserError as error:
         raise DamageError(f"its file {METADATA} cannot be read") from error
     if manifest is None:
         _check_shards(path, metadata.storage_data)

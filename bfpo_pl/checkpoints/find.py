@@ -67,7 +67,7 @@ def newest_complete(folder: Path, verify: bool = False, before: int | None = Non
         before: Only checkpoints of a smaller step.
 
     Raises:
-        UserError: A checkpoint would run code if it were read.
+        ForeignCodeError: A checkpoint would run code if it were read.
     """
     half = [PassedOver(part, "it was being written when its process ended") for part in half_written(folder)]
     passed = half if before is None else []

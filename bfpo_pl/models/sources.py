@@ -71,6 +71,19 @@ class ModelSource(Component, ABC):
     def load_model(self) -> PreTrainedModel:
         """A new copy of the model with its weights, on the CPU. Every call gives the same weights."""
 
+    def skeleton(self) -> PreTrainedModel:
+        """The model with its config and generation config, for those who bring other weights; its own may be missing.
+
+        Raises:
+            ModelSourceError: The model cannot be had.
+        """
+        return self.load_model()
+
+    @property
+    def origin(self) -> tuple[str, str | None] | None:
+        """Hub id or folder from which transformers loads this very model, and the revision; None if there is none."""
+        return None
+
     def weights_digest(self, memory: Path) -> str:
         """A text that changes whenever the network that `load_model` gives does. By default it loads the network.
 
@@ -125,20 +138,24 @@ class HFModel(ModelSource):
             return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=self.trust_remote_code)
 
     def stop_token_ids(self) -> list[int]:
+        config = self._generation_config()
+        given: Any = None if config is None else config.eos_token_id
+        return [] if given is None else [given] if isinstance(given, int) else list(given)
+
+    def _generation_config(self) -> GenerationConfig | None:
+        """The model's generation config, if it has one."""
         path = _expanded(self.path)
         if Path(path).is_dir() and not (Path(path) / GENERATION_CONFIG_NAME).is_file():
-            return []
+            return None
         with _explained(self.path):
             try:
-                config = GenerationConfig.from_pretrained(path, revision=self.revision or "main")
+                return GenerationConfig.from_pretrained(path, revision=self.revision or "main")
             except OSError as error:
                 # The repository has no such file; or its copy in the cache has none, and nobody else is to be asked.
                 absent = EntryNotFoundError if constants.HF_HUB_OFFLINE else RemoteEntryNotFoundError
                 if any(isinstance(cause, absent) for cause in _causes(error)):
-                    return []
+                    return None
                 raise
-        given: Any = config.eos_token_id
-        return [] if given is None else [given] if isinstance(given, int) else list(given)
 
     def load_model(self) -> PreTrainedModel:
         config = self._load_config()
@@ -157,6 +174,22 @@ class HFModel(ModelSource):
         if self.disable_dropout:
             _zero_dropout_modules(model)
         return model
+
+    def skeleton(self) -> PreTrainedModel:
+        config = self._load_config()
+        if self.disable_dropout:
+            _zero_dropout_settings(config)
+        with _explained(self.path), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        own = self._generation_config()
+        if own is not None:
+            model.generation_config = own
+        return model
+
+    @property
+    def origin(self) -> tuple[str, str | None] | None:
+        path = _expanded(self.path)
+        return (str(Path(path).absolute()) if Path(path).is_dir() else path), self.revision
 
     def weights_digest(self, memory: Path) -> str:
         path = _expanded(self.path)
@@ -229,8 +262,19 @@ class TinyModel(ModelSource):
         return build_tokenizer()
 
     def load_model(self) -> PreTrainedModel:
+        config = self._config()
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators as well
+            return LlamaForCausalLM(config)
+
+    def skeleton(self) -> PreTrainedModel:
+        with torch.device("meta"):
+            return LlamaForCausalLM(self._config())
+
+    def _config(self) -> LlamaConfig:
         tokenizer = self.load_tokenizer()
-        config = LlamaConfig(
+        return LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
             num_hidden_layers=self.layers,
@@ -244,10 +288,6 @@ class TinyModel(ModelSource):
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators as well
-            return LlamaForCausalLM(config)
 
 
 _LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
