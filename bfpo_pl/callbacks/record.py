@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from bfpo_pl.component import UserError
 from bfpo_pl.guard import Stopped
 from bfpo_pl.loggers import MetricsFile
-from bfpo_pl.redaction import redacted
+from bfpo_pl.redaction import redacted, redacted_text
 from bfpo_pl.resuming import FAILED, FINISHED, RUNNING, STOPPED, read_status, write_status
 from bfpo_pl.runs import environment
 
@@ -111,7 +111,7 @@ class RunRecord(Callback):
         self._write_data(trainer)
         if trainer.is_global_zero and self._lock is not None and self._lock.is_locked:
             stopped = isinstance(exception, Stopped | KeyboardInterrupt | SIGTERMException)
-            reason = str(exception) or type(exception).__name__
+            reason = redacted_text(str(exception)) or type(exception).__name__
             write_status(self.folder, STOPPED if stopped else FAILED, step=trainer.global_step, reason=reason)
             self._lock.release()
 
