@@ -157,7 +157,7 @@ class PreferenceModule(ResponseModule):
         super().configure_model()
         assert self.policy is not None
         for reference in self.references.values():
-            reference.prepare(self.policy, self.source, self.place)
+            reference.prepare(self.policy, self.source, self.load)
 
     def _after_cast(self) -> None:
         super()._after_cast()
@@ -190,7 +190,7 @@ class PreferenceModule(ResponseModule):
             policy=policy,
             policy_is_start=self.trainer.ckpt_path is None and self.trainer.global_step == 0,
             source=self.source,
-            place=self.place,
+            load=self.load,
             strategy=self.trainer.strategy,
             reduction=self.logp_reduction,
         )

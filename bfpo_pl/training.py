@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from bfpo_pl.component import RunError, UserError, check_range
 from bfpo_pl.models.attention import AttentionBackend, Auto
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.checkpointing import Checkpointing, check_checkpointing, checkpoint_activations
+from bfpo_pl.models.loading import load_in_shards
 from bfpo_pl.models.log_probs import METHODS, bind_log_probs
 from bfpo_pl.models.sharding import shard
 from bfpo_pl.models.sources import ModelSource
@@ -103,15 +105,16 @@ class ResponseModule(LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        policy = self.source.load_model()
+        policy = self.load(self.source, self._prepare_policy)
+        self._float_buffers = float_buffers(policy)
+        policy.train()  # from_pretrained leaves eval mode, and Lightning keeps what it finds
+        self.policy = policy
+
+    def _prepare_policy(self, policy: PreTrainedModel) -> None:
         self.trainable.apply(policy)
         checkpoint_activations(policy, self.activation_checkpointing)
         trained, total = parameter_counts(policy)
         rank_zero_info(f"Policy {self.source}: {trained:,} of {total:,} parameters train ({trained / total:.1%}).")
-        self.place(policy)
-        self._float_buffers = float_buffers(policy)
-        policy.train()  # from_pretrained leaves eval mode, and Lightning keeps what it finds
-        self.policy = policy
 
     def on_fit_start(self) -> None:
         self._after_cast()
@@ -124,12 +127,28 @@ class ResponseModule(LightningModule):
         assert self.policy is not None
         restore_buffers(self.policy, self._float_buffers, self.device)
 
-    def place(self, model: PreTrainedModel) -> None:
-        """Binds the log-prob method to a network and, under a sharding strategy, shards it."""
-        bind_log_probs(model, self.attention, self.logp_reduction, self.chunk_size)
+    def load(self, source: ModelSource, prepare: Callable[[PreTrainedModel], None]) -> PreTrainedModel:
+        """A source's network with its weights and log-prob methods; under a sharding strategy, loaded in shards.
+
+        Args:
+            source: Where it comes from.
+            prepare: Changes it before it is sharded: what trains, further modules.
+        """
         mesh = self.device_mesh
         if mesh is not None:
-            shard(model, mesh, METHODS, str(self.trainer.precision))
+            return load_in_shards(source, prepare, self._shard, self.trainer.strategy.root_device)
+        model = source.load_model()
+        prepare(model)
+        self._bind(model)
+        return model
+
+    def _bind(self, model: PreTrainedModel) -> None:
+        bind_log_probs(model, self.attention, self.logp_reduction, self.chunk_size)
+
+    def _shard(self, model: PreTrainedModel) -> None:
+        assert self.device_mesh is not None
+        self._bind(model)
+        shard(model, self.device_mesh, METHODS, str(self.trainer.precision))
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None

@@ -27,6 +27,10 @@ from bfpo_pl.data.packing import Trees
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.sources import ModelSource
 
+Loader = Callable[[ModelSource, Callable[[PreTrainedModel], None]], PreTrainedModel]
+"""Gives a source's network: loaded, prepared by the second argument, with log-prob methods, sharded as the policy is.
+"""
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -38,7 +42,7 @@ class RunContext:
         policy: The policy, where it trains.
         policy_is_start: Whether its weights are those of its source.
         source: Where the policy came from.
-        place: Binds the log-prob methods to a network and shards it as the policy is.
+        load: Loads a network, in the place and way of the policy; see `Loader`.
         strategy: Lightning's, for devices, precision and the other processes.
         reduction: Over the tokens of a response.
     """
@@ -48,7 +52,7 @@ class RunContext:
     policy: PreTrainedModel
     policy_is_start: bool
     source: ModelSource
-    place: Callable[[PreTrainedModel], None]
+    load: Loader
     strategy: Strategy
     reduction: Literal["sum", "mean"]
 
@@ -91,13 +95,13 @@ class Reference(Component, ABC):
         """Fails early, before any weight loads, if the reference cannot be had."""
 
     @abstractmethod
-    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
         """Gets ready, once, when the policy has been built and not yet changed.
 
         Args:
             policy: The policy with its trainable part applied.
             source: Where the policy came from.
-            place: Binds the log-prob method to a network and shards it as the policy is.
+            load: Loads a further network, in the place and way of the policy.
         """
 
     def fill(self, name: str, context: Callable[[], RunContext]) -> None:
@@ -175,12 +179,8 @@ class FrozenCopy(OtherNetwork):
         """The network, once it is prepared."""
         return self._network
 
-    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
-        network = (self.source or source).load_model()
-        network.requires_grad_(False)
-        network.eval()
-        place(network)
-        self._network = network
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
+        self._network = load(self.source or source, _freeze)
 
     @torch.no_grad()
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
@@ -193,12 +193,17 @@ class FrozenCopy(OtherNetwork):
             restore_buffers(self._network, saved, device)
 
 
+def _freeze(network: PreTrainedModel) -> None:
+    network.requires_grad_(False)
+    network.eval()
+
+
 class AdapterOff(Reference):
     """The policy with its adapter switched off: no second network. For `LoRA`."""
 
     starts_as_policy = True
 
-    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
         if not has_adapter(policy):
             raise UserError("AdapterOff: the policy has no adapter. Set model.trainable to LoRA, or use FrozenCopy.")
 
@@ -221,7 +226,7 @@ class SharedWeights(Reference):
     def __init__(self) -> None:
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
 
-    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
         if has_adapter(policy):
             raise UserError("SharedWeights: the policy has an adapter. Set model.reference to AdapterOff.")
         # Now, before a checkpoint is restored: the reference is the start, not the place to go on from.
@@ -269,7 +274,7 @@ class FromColumn(Reference):
         self.column = column
         self.columns = (f"chosen_{column}", f"rejected_{column}")
 
-    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
         return None
 
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:

@@ -38,6 +38,7 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from bfpo_pl.component import Component, UserError, check_range
+from bfpo_pl.models.outline import Outline, WholeOnly
 from bfpo_pl.models.weights import files_digest, network_digest
 
 
@@ -70,6 +71,15 @@ class ModelSource(Component, ABC):
     @abstractmethod
     def load_model(self) -> PreTrainedModel:
         """A new copy of the model with its weights, on the CPU. Every call gives the same weights."""
+
+    def outline(self) -> Outline:
+        """The same model without its weights, and the files that hold them, for loading in shards.
+
+        Raises:
+            WholeOnly: It can only be loaded whole; the message says why.
+            ModelSourceError: The model cannot be had.
+        """
+        raise WholeOnly(f"{type(self).__name__} makes its weights itself")
 
     def weights_digest(self, memory: Path) -> str:
         """A text that changes whenever the network that `load_model` gives does. By default it loads the network.
@@ -141,7 +151,20 @@ class HFModel(ModelSource):
         return [] if given is None else [given] if isinstance(given, int) else list(given)
 
     def load_model(self) -> PreTrainedModel:
+        return self._pretrained(self._load_config())
+
+    def outline(self) -> Outline:
+        if self.trust_remote_code:
+            raise WholeOnly("trust_remote_code is set, and a repository's own code may load weights in its own way")
         config = self._load_config()
+        if getattr(config, "quantization_config", None) is not None:
+            raise WholeOnly("its weights are quantised")
+        # Everything but the weights is as from_pretrained makes it; of the weights it looks up names and sizes.
+        network = self._pretrained(config, device_map={"": "meta"})
+        with _explained(self.path):
+            return Outline.of(network, self._weight_files())
+
+    def _pretrained(self, config: Any, **more: Any) -> PreTrainedModel:
         if self.disable_dropout:
             _zero_dropout_settings(config)
         with _explained(self.path):
@@ -153,21 +176,27 @@ class HFModel(ModelSource):
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
                 use_safetensors=True,
+                **more,
             )
         if self.disable_dropout:
             _zero_dropout_modules(model)
         return model
 
     def weights_digest(self, memory: Path) -> str:
+        with _explained(self.path):
+            config = cached_file(_expanded(self.path), CONFIG_NAME, revision=self.revision)
+            files = [Path(str(config)), *self._weight_files()]
+        return f"{self.dtype} {files_digest(files, memory)}"
+
+    def _weight_files(self) -> list[Path]:
+        """The files that `from_pretrained` reads, in the Hub's cache or a folder."""
         path = _expanded(self.path)
         optional = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
-        with _explained(self.path):
-            config = cached_file(path, CONFIG_NAME, revision=self.revision)
-            files = [cached_file(path, SAFE_WEIGHTS_NAME, **optional)]  # as from_pretrained: this one before several
-            if files == [None]:
-                index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision)
-                files, _ = get_checkpoint_shard_files(path, index, revision=self.revision)
-        return f"{self.dtype} {files_digest([Path(str(path)) for path in (config, *files)], memory)}"
+        files = [cached_file(path, SAFE_WEIGHTS_NAME, **optional)]  # as from_pretrained: this one before several
+        if files == [None]:
+            index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision)
+            files, _ = get_checkpoint_shard_files(path, index, revision=self.revision)
+        return [Path(str(file)) for file in files]
 
     def _load_config(self) -> Any:
         path = Path(_expanded(self.path))
