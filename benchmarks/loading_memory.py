@@ -2,7 +2,7 @@
 
     python benchmarks/loading_memory.py
 
-A Llama of 324 million parameters (random weights, several safetensors files, in float32 and in bfloat16) is loaded into
+A Llama of 322 million parameters (random weights, several safetensors files, in float32 and in bfloat16) is loaded into
 float32 parameters that FSDP2 shards over gloo processes. What is measured is each process's private memory (RssAnon in
 /proc/PID/status, read every 2 ms by the process that started them): its growth over the value before loading, at the
 peak and when loading is done, summed over processes, as a multiple of one float32 copy of the weights. Everything is

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from bfpo_pl.arguments import check_checkpoint, check_config_files, check_experiment, configs_first, help_asked
@@ -26,10 +26,12 @@ from bfpo_pl.callbacks.progress import progress_callback
 from bfpo_pl.callbacks.record import RunRecord
 from bfpo_pl.callbacks.throughput import Throughput
 from bfpo_pl.component import UserError
+from bfpo_pl.devices import check_devices
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.plugins import Plugin
 from bfpo_pl.runs import new_run_folder
 from bfpo_pl.summary import print_validation
+from bfpo_pl.training import ResponseModule
 
 
 def _discard_all_init_args(parser_or_action: Any, prev_val: Any, value: Any) -> None:
@@ -193,10 +195,14 @@ class BFPOCLI(LightningCLI):
                     arguments[key] = value
 
     def after_instantiate_classes(self) -> None:
+        if isinstance(self.model, ResponseModule):
+            self.model.source.check_training(self.model.trainable, str(self.trainer.precision))
         # Before any data is read; a module that is not ours may have no source.
         for part in (getattr(self.model, "source", None), *getattr(self.model, "references", {}).values()):
             if part is not None:
                 part.check()
+        for reference in getattr(self.model, "references", {}).values():
+            reference.check_strategy(self.trainer.strategy)
         if self.subcommand == "validate" and not self.config[self.subcommand].get("ckpt_path"):
             rank_zero_info("No --ckpt_path: what is validated is the policy as its source gives it, before any fit.")
 
@@ -230,6 +236,8 @@ class BFPOCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
+        given = config.trainer
+        check_devices(given.accelerator, given.devices, given.num_nodes, given.strategy)
         loggers: Any = config.trainer.logger
         loggers = loggers if isinstance(loggers, list) else [loggers]
         loggers = [logger for logger in loggers if isinstance(logger, Logger)]
@@ -252,8 +260,12 @@ class BFPOCLI(LightningCLI):
         return trainer
 
 
+READS_FOLDERS = (ModelParallelStrategy, FSDPStrategy)
+"""Strategies that read a checkpoint with a file of each process, each of its own kind."""
+
+
 def _check_strategy_reads(checkpoint: Any, trainer: Trainer) -> None:
-    if checkpoint and Path(checkpoint).is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
+    if checkpoint and Path(checkpoint).is_dir() and not isinstance(trainer.strategy, READS_FOLDERS):
         raise UserError(
             f"The checkpoint {checkpoint} is a folder with a shard of each process. Only fsdp2 reads it, on any number "
             f"of processes: add `-c configs/strategy/fsdp2.yaml --trainer.devices=1`, or more devices."

@@ -94,6 +94,7 @@ class ResponseModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         self._keep_batches_whole()
+        self.source.check_training(self.trainable, str(self.trainer.precision))
         self.source.check()
 
     def _keep_batches_whole(self) -> None:
@@ -136,7 +137,9 @@ class ResponseModule(LightningModule):
         """
         mesh = self.device_mesh
         if mesh is not None:
-            return load_in_shards(source, prepare, self._shard, self.trainer.strategy.root_device)
+            strategy = self.trainer.strategy
+            device = getattr(strategy, "shard_device", strategy.root_device)
+            return load_in_shards(source, prepare, self._shard, device)
         model = source.load_model()
         prepare(model)
         self._bind(model)
@@ -148,7 +151,8 @@ class ResponseModule(LightningModule):
     def _shard(self, model: PreTrainedModel) -> None:
         assert self.device_mesh is not None
         self._bind(model)
-        shard(model, self.device_mesh, METHODS, str(self.trainer.precision))
+        offload = getattr(self.trainer.strategy, "offload_policy", None)
+        shard(model, self.device_mesh, METHODS, str(self.trainer.precision), offload)
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None

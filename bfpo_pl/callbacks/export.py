@@ -66,7 +66,10 @@ def export(
     policy = module.policy
     assert policy is not None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dict(get_model_state_dict(policy, options=options))
+    # Of what the strategy wraps: only that knows how the weights are sharded.
+    wrapped: Any = module if module._trainer is None else module.trainer.strategy.model
+    held = get_model_state_dict(wrapped, options=options)
+    weights = {name.removeprefix("policy."): held[name] for name in held if name.startswith("policy.")}
     if not writes:
         return
     network = _plain_network(module, policy, weights)
@@ -84,10 +87,13 @@ def export(
 
 def _plain_network(module: ResponseModule, policy: PreTrainedModel, weights: dict[str, Any]) -> PreTrainedModel:
     """A network of the policy's class on the CPU, with the gathered weights and any adapter merged into them."""
-    network = module.source.load_model().to(policy.dtype)  # type: ignore[arg-type]
+    source = module.source.unquantised()
+    network = source.load_model().to(policy.dtype)  # type: ignore[arg-type]
     adapted = any(isinstance(layer, BaseTunerLayer) for layer in policy.modules())
     if adapted:
         module.trainable.apply(network)
+    if source is not module.source:  # the base as its files hold it, with the adapter that was trained over fewer bits
+        weights = {**network.state_dict(), **{name: weights[name] for name in weights if "lora_" in name}}
     network.load_state_dict(weights, strict=True, assign=False)
     if not adapted:
         return network
@@ -100,6 +106,6 @@ def _plain_network(module: ResponseModule, policy: PreTrainedModel, weights: dic
         for name, tensor in network.state_dict().items()
         if not any(f".{part}." in f".{name}." for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"))
     }
-    plain = module.source.load_model().to(policy.dtype)  # type: ignore[arg-type]
+    plain = source.load_model().to(policy.dtype)  # type: ignore[arg-type]
     plain.load_state_dict(merged, strict=True)
     return plain

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bfpo_pl.strategies import FSDP1
 from bfpo_pl.training import ResponseModule
 
 
@@ -44,7 +45,9 @@ class Throughput(Callback):
         if step == 1 or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-            self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            strategy = trainer.strategy
+            self._norm = strategy.norm_over_shards(norm) if isinstance(strategy, FSDP1) else norm
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -146,8 +146,7 @@ class Precomputed(OtherNetwork):
         """What gives log-probs under the reference, summed over tokens."""
         if self.source is None and self._policy_has_it(run):
             with frozen(run.policy):
-                policy: Any = run.policy
-                yield partial(policy.response_log_probs, reduction="sum")
+                yield run.log_probs
             return
         copy = FrozenCopy(self.source)
         copy.prepare(run.policy, run.source, run.load)

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -42,6 +42,7 @@ class RunContext:
         policy: The policy, where it trains.
         policy_is_start: Whether its weights are those of its source.
         source: Where the policy came from.
+        log_probs: Log-probs of a batch's responses under the policy, summed over tokens; for use outside a step.
         load: Loads a network, in the place and way of the policy; see `Loader`.
         strategy: Lightning's, for devices, precision and the other processes.
         reduction: Over the tokens of a response.
@@ -52,6 +53,7 @@ class RunContext:
     policy: PreTrainedModel
     policy_is_start: bool
     source: ModelSource
+    log_probs: Callable[[PairBatch], Tensor]
     load: Loader
     strategy: Strategy
     reduction: Literal["sum", "mean"]
@@ -93,6 +95,9 @@ class Reference(Component, ABC):
 
     def check(self) -> None:
         """Fails early, before any weight loads, if the reference cannot be had."""
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Fails early, before any weight loads, if the reference cannot be had under a strategy."""
 
     @abstractmethod
     def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
@@ -174,6 +179,9 @@ class FrozenCopy(OtherNetwork):
         super().__init__(source)
         self._network: PreTrainedModel | None = None
 
+    def check_strategy(self, strategy: Strategy) -> None:
+        _refuse_fsdp1(self, strategy, "a second network, which it would not shard: every GPU would hold it whole")
+
     @property
     def network(self) -> PreTrainedModel | None:
         """The network, once it is prepared."""
@@ -189,8 +197,19 @@ class FrozenCopy(OtherNetwork):
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         if self._network is not None and (self._network.device, self._network.dtype) != (device, dtype):
             saved = float_buffers(self._network)
-            self._network.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # decorated beyond mypy
+            # Sharded weights are in their place, which may be the CPU.
+            where = self._network.device if isinstance(self._network, FSDPModule) else device
+            self._network.to(device=where, dtype=dtype)  # type: ignore[call-arg]  # decorated beyond mypy
             restore_buffers(self._network, saved, device)
+
+
+def _refuse_fsdp1(reference: Reference, strategy: Strategy, what: str) -> None:
+    if isinstance(strategy, FSDPStrategy):
+        raise UserError(
+            f"{type(reference).__name__} under FSDP1 would be {what}. Compute the reference's log-probs beforehand "
+            f"(`-c configs/reference/precomputed.yaml`), or train an adapter and switch it off (`-c configs/model/"
+            f"lora.yaml`), or use `-c configs/strategy/fsdp2.yaml`."
+        )
 
 
 def _freeze(network: PreTrainedModel) -> None:
@@ -225,6 +244,9 @@ class SharedWeights(Reference):
 
     def __init__(self) -> None:
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        _refuse_fsdp1(self, strategy, "an exchange of weights, which it keeps in a form of its own")
 
     def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
         if has_adapter(policy):

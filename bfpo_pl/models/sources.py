@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -39,6 +40,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from bfpo_pl.component import Component, UserError, check_range
 from bfpo_pl.models.outline import Outline, WholeOnly
+from bfpo_pl.models.quantization import FourBit
+from bfpo_pl.models.trainable import LoRA, TrainablePart
 from bfpo_pl.models.weights import files_digest, network_digest
 
 
@@ -55,6 +58,21 @@ class ModelSource(Component, ABC):
         Raises:
             ModelSourceError: It cannot; the message says why and what to do.
         """
+
+    def check_training(self, trainable: TrainablePart, precision: str) -> None:
+        """Fails early if the model cannot be trained so.
+
+        Args:
+            trainable: What of it trains.
+            precision: The trainer's precision.
+
+        Raises:
+            UserError: It cannot.
+        """
+
+    def unquantised(self) -> ModelSource:
+        """Where the same model comes from with its weights as they were stored: what an adapter is merged into."""
+        return self
 
     @abstractmethod
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,6 +123,7 @@ class HFModel(ModelSource):
         disable_dropout: Sets every dropout probability to 0, in policy and reference, as DPO implementations do.
         tokenizer: Hub id or folder of another tokenizer. Default: the model's own.
         trust_remote_code: Lets the repository run its own Python code on this machine. Off: nothing foreign runs.
+        quantization: Keeps the base weights in fewer bits, for `LoRA`. Default: no.
     """
 
     def __init__(
@@ -116,6 +135,7 @@ class HFModel(ModelSource):
         disable_dropout: bool = True,
         tokenizer: str | None = None,
         trust_remote_code: bool = False,
+        quantization: FourBit | None = None,
     ) -> None:
         self.path = path
         self.revision = revision
@@ -124,9 +144,29 @@ class HFModel(ModelSource):
         self.disable_dropout = disable_dropout
         self.tokenizer = tokenizer
         self.trust_remote_code = trust_remote_code
+        self.quantization = quantization
 
     def check(self) -> None:
+        if self.quantization is not None:
+            self.quantization.check()
         self._load_config()
+
+    def check_training(self, trainable: TrainablePart, precision: str) -> None:
+        if self.quantization is None:
+            return
+        if not isinstance(trainable, LoRA):
+            raise UserError(
+                f"HFModel: {type(trainable).__name__} cannot train weights in four bits. Set model.trainable to LoRA "
+                f"(`-c configs/model/lora_4bit.yaml`), or leave out model.policy.quantization."
+            )
+        self.quantization.check_precision(precision)
+
+    def unquantised(self) -> ModelSource:
+        if self.quantization is None:
+            return self
+        plain = copy.copy(self)
+        plain.quantization = None
+        return plain
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         path = _expanded(self.tokenizer or self.path)
@@ -151,13 +191,14 @@ class HFModel(ModelSource):
         return [] if given is None else [given] if isinstance(given, int) else list(given)
 
     def load_model(self) -> PreTrainedModel:
-        return self._pretrained(self._load_config())
+        more = {} if self.quantization is None else {"quantization_config": self.quantization.config()}
+        return self._pretrained(self._load_config(), **more)
 
     def outline(self) -> Outline:
         if self.trust_remote_code:
             raise WholeOnly("trust_remote_code is set, and a repository's own code may load weights in its own way")
-        config = self._load_config()
-        if getattr(config, "quantization_config", None) is not None:
+        config = None if self.quantization else self._load_config()
+        if config is None or getattr(config, "quantization_config", None) is not None:
             raise WholeOnly("its weights are quantised")
         # Everything but the weights is as from_pretrained makes it; of the weights it looks up names and sizes.
         network = self._pretrained(config, device_map={"": "meta"})
@@ -186,7 +227,8 @@ class HFModel(ModelSource):
         with _explained(self.path):
             config = cached_file(_expanded(self.path), CONFIG_NAME, revision=self.revision)
             files = [Path(str(config)), *self._weight_files()]
-        return f"{self.dtype} {files_digest(files, memory)}"
+        kind = self.dtype if self.quantization is None else f"{self.dtype} {self.quantization}"
+        return f"{kind} {files_digest(files, memory)}"
 
     def _weight_files(self) -> list[Path]:
         """The files that `from_pretrained` reads, in the Hub's cache or a folder."""

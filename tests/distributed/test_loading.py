@@ -1,5 +1,6 @@
 """Networks that two processes load in shards are those that one process loads, bit for bit."""
 
+import csv
 import json
 import os
 import subprocess
@@ -79,7 +80,7 @@ RUN = [
     *("--data.streams.helpfulness.source.count=16", "--data.streams.helpfulness.source.validation_count=6"),
 ]
 METHODS = {
-    "everything": [],
+    "everything": ["--trainer.gradient_clip_val=0.5"],
     "another-reference": ["--model.reference=FrozenCopy", "--model.reference.source=HFModel"],
     "select": ["--model.trainable=Select", "--model.trainable.patterns=[down_proj]", "--model.reference=SharedWeights"],
     "lora": ["--model.trainable=LoRA", "--model.trainable.r=4", "--model.reference=AdapterOff"],
@@ -112,6 +113,10 @@ def runs(tmp_path_factory):
     jobs = {name: fit(name, folder, folder / f"two-{name}", 2) for name in METHODS}
     at = f"--ckpt_path={folder}/two-lora/*/*/checkpoints/*step=3.ckpt"
     jobs["lora-resumed"] = fit("lora", folder, folder / "two-lora-resumed", 2, at)
+    jobs["offloaded"] = [
+        part.replace("fsdp2.yaml", "fsdp2_offload.yaml")
+        for part in fit("everything", folder, folder / "two-offloaded", 2)
+    ]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
     log = torchrun(folder, HERE / "chain.py", file)
@@ -156,3 +161,61 @@ def test_the_other_reference_is_another(runs):
 def test_a_resumed_run_that_loaded_shards_is_the_uninterrupted_one(runs):
     folder, _ = runs
     assert difference(weights(folder, "two-lora"), weights(folder, "two-lora-resumed")) == 0.0
+
+
+def test_weights_offloaded_to_the_cpu_train_alike(runs):
+    """On a CPU this only moves between places of the same memory; the policy is FSDP2's, the clipping as well."""
+    folder, _ = runs
+    assert difference(weights(folder, "two-everything"), weights(folder, "two-offloaded")) == 0.0
+
+
+# ---- FSDP1 --------------------------------------------------------------------------------------------------------
+
+FSDP1 = {
+    "lora": METHODS["lora"],
+    "precomputed": ["--model.reference=Precomputed", "--model.activation_checkpointing=full"],
+}
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory):
+    """Metrics of runs under FSDP1 and DDP, by strategy and method; nothing is saved."""
+    folder = tmp_path_factory.mktemp("fsdp1")
+    jobs = {}
+    for strategy in ("ddp", "fsdp1"):
+        for name, method in FSDP1.items():
+            jobs[f"{strategy}-{name}"] = [
+                *("fit", *RUN[:4], "-c", f"{ROOT}/configs/strategy/{strategy}.yaml", *RUN[4:-5], *RUN[-4:], *method),
+                *("--model.policy=TinyModel", "--model.policy.hidden_size=32", "--model.policy.layers=2"),
+                *("--data.streams.safety.batch_size=2", "--data.streams.helpfulness.batch_size=2"),
+                *("--trainer.devices=2", "--trainer.gradient_clip_val=0.5", "--trainer.enable_checkpointing=false"),
+                *("--export.enabled=false", f"--runs={folder / strategy}-{name}", f"--data.cache={folder / strategy}"),
+            ]
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    torchrun(folder, HERE / "fsdp1_on_cpu.py", file)
+    done = json.loads(file.with_suffix(".done").read_text())
+    assert set(done.values()) == {"ok"}, done
+    found = {}
+    for name in jobs:
+        (metrics,) = folder.glob(f"{name}/*/*/metrics.csv")
+        with metrics.open() as opened:
+            rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(opened)]
+        found[name] = [row for row in rows if any(key.startswith(("train/", "val/")) for key in row)]
+    return found
+
+
+@pytest.mark.parametrize("name", FSDP1)
+def test_fsdp1_trains_as_ddp(name, older):
+    ours, theirs = older[f"fsdp1-{name}"], older[f"ddp-{name}"]
+    assert len(ours) == len(theirs) > 12
+    clipped = 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in other.items():
+            if not any(part in key for part in ("_second", "memory", "data_wait")):
+                assert one[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
+        clipped += other.get("train/grad_norm", 0.0) > 0.5
+    assert clipped == 6
+    losses = [row["train/all/all/loss"] for row in ours if "train/all/all/loss" in row]
+    assert len(set(losses)) == 6
