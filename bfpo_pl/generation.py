@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from bfpo_pl.models.sharding import compute_device
+
 PromptMessages = Sequence[dict[str, str]]
 """Messages up to and with the user's last turn, each with ``role`` and ``content``."""
 
@@ -50,13 +52,14 @@ def generate(
     answers = [""] * len(prompts)
     training = model.training
     model.eval()
-    devices = [model.device] if model.device.type == "cuda" else []
+    device = compute_device(model)
+    devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                ids, mask = _left_padded([encoded[index] for index in chosen], config.pad_token_id, model.device)
+                ids, mask = _left_padded([encoded[index] for index in chosen], config.pad_token_id, device)
                 output: Any = model.generate(  # type: ignore[operator]
                     input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced
                 )

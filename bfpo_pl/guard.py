@@ -70,6 +70,7 @@ class UpdateGuard:
         step: int,
         mean_over_ranks: Callable[[Tensor], Tensor],
         check_gradients: bool = True,
+        norm_over_shards: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Lets the update pass, or takes the gradients away, so that the optimizer leaves every weight as it is.
 
@@ -78,6 +79,8 @@ class UpdateGuard:
             step: Number of the optimizer step.
             mean_over_ranks: The mean of a tensor over processes.
             check_gradients: False where a loss scaler looks for infinities itself.
+            norm_over_shards: From the norm of this process's shards to that of the whole gradient, where gradients do
+                not know that they are sharded.
 
         Raises:
             NonFiniteError: A loss or a gradient was not finite on some rank, and no more steps may be skipped.
@@ -85,6 +88,8 @@ class UpdateGuard:
         bad_loss, origins = self._bad_loss, self._origins
         self._bad_loss, self._origins = None, []
         self.norm = torch.nn.utils.get_total_norm([p.grad for _, p in named if p.grad is not None])
+        if norm_over_shards is not None:
+            self.norm = norm_over_shards(self.norm)
         norm = self.norm.full_tensor() if isinstance(self.norm, DTensor) else self.norm
         bad_norm = ~torch.isfinite(norm.detach()) if check_gradients else torch.zeros_like(norm, dtype=torch.bool)
         bad_loss = torch.zeros_like(bad_norm) if bad_loss is None else bad_loss.to(bad_norm.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import TrainablePart
 from bfpo_pl.reductions import Mean, PairReduction
 from bfpo_pl.schedules import Schedule
+from bfpo_pl.strategies import FSDP1
 from bfpo_pl.training import ResponseModule
 
 
@@ -138,6 +140,7 @@ class PreferenceModule(ResponseModule):
         super().setup(stage)
         for reference in self.references.values():
             reference.check()
+            reference.check_strategy(self.trainer.strategy)
         datamodule = getattr(self.trainer, "datamodule", None)
         if hasattr(datamodule, "columns_of"):
             self._check_columns(datamodule)
@@ -168,7 +171,7 @@ class PreferenceModule(ResponseModule):
         super().configure_model()
         assert self.policy is not None
         for reference in self.references.values():
-            reference.prepare(self.policy, self.source, self.place)
+            reference.prepare(self.policy, self.source, self.load)
 
     def _after_cast(self) -> None:
         super()._after_cast()
@@ -191,20 +194,28 @@ class PreferenceModule(ResponseModule):
 
     def _run_context(self) -> RunContext:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        policy = self.policy
+        policy, strategy = self.policy, self.trainer.strategy
         if not hasattr(datamodule, "rows"):
             raise UserError("A reference that is computed before training needs the rows of an AlignmentData.")
         assert policy is not None
+        log_probs = self.summed_log_probs
+        if isinstance(strategy, FSDP1):  # which gathers weights in the module's own calls alone
+            log_probs = partial(strategy.call, "summed_log_probs")
         return RunContext(
             rows=datamodule.rows,
             cache=datamodule.cache_folder,
             policy=policy,
             policy_is_start=self.trainer.ckpt_path is None and self.trainer.global_step == 0,
             source=self.source,
-            place=self.place,
-            strategy=self.trainer.strategy,
+            log_probs=log_probs,
+            load=self.load,
+            strategy=strategy,
             reduction=self.logp_reduction,
         )
+
+    def summed_log_probs(self, batch: PairBatch) -> Tensor:
+        """``[R]``, log-probs of the responses under the policy, summed over tokens."""
+        return self.policy.response_log_probs(batch, reduction="sum")  # type: ignore[union-attr,operator]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         for reference in self.references.values():

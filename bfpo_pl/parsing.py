@@ -33,6 +33,7 @@ from bfpo_pl.checkpoints.find import find_checkpoint
 from bfpo_pl.checkpoints.keep import RunCheckpoints
 from bfpo_pl.checkpoints.shards import plain_sharded_reads
 from bfpo_pl.component import UserError
+from bfpo_pl.devices import check_devices
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.loggers import MetricsFile
 from bfpo_pl.plugins import Plugin
@@ -40,6 +41,7 @@ from bfpo_pl.redaction import redacted, redacted_text, secrets_off_the_command_l
 from bfpo_pl.resuming import AlreadyFinished, read_status, resumption
 from bfpo_pl.runs import check_writable, hand_down, new_run_folder
 from bfpo_pl.summary import print_validation
+from bfpo_pl.training import ResponseModule
 
 
 def _discard_all_init_args(parser_or_action: Any, prev_val: Any, value: Any) -> None:
@@ -251,10 +253,14 @@ class BFPOCLI(LightningCLI):
         return find_checkpoint(None if asked is None else str(asked), experiment, own and Path(own), verify)
 
     def after_instantiate_classes(self) -> None:
+        if isinstance(self.model, ResponseModule):
+            self.model.source.check_training(self.model.trainable, str(self.trainer.precision))
         # Before any data is read; a module that is not ours may have no source.
         for part in (getattr(self.model, "source", None), *getattr(self.model, "references", {}).values()):
             if part is not None:
                 part.check()
+        for reference in getattr(self.model, "references", {}).values():
+            reference.check_strategy(self.trainer.strategy)
         if self.subcommand == "validate" and not self.config[self.subcommand].get("ckpt_path"):
             rank_zero_info("No --ckpt_path: what is validated is the policy as its source gives it, before any fit.")
 
@@ -298,6 +304,8 @@ class BFPOCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
+        given = config.trainer
+        check_devices(given.accelerator, given.devices, given.num_nodes, given.strategy)
         loggers: Any = config.trainer.logger
         loggers = loggers if isinstance(loggers, list) else [loggers]
         loggers = [logger for logger in loggers if isinstance(logger, Logger)]

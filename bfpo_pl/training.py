@@ -25,6 +25,7 @@ from bfpo_pl.guard import Stopped, UpdateGuard
 from bfpo_pl.models.attention import AttentionBackend, Auto
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.checkpointing import Checkpointing, check_checkpointing, checkpoint_activations
+from bfpo_pl.models.loading import load_in_shards
 from bfpo_pl.models.log_probs import METHODS, bind_log_probs
 from bfpo_pl.models.sharding import shard
 from bfpo_pl.models.sources import ModelSource
@@ -97,6 +98,7 @@ class ResponseModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         self._keep_batches_whole()
+        self.source.check_training(self.trainable, str(self.trainer.precision))
         self.source.check()
 
     def _keep_batches_whole(self) -> None:
@@ -108,15 +110,16 @@ class ResponseModule(LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        policy = self.source.load_model()
+        policy = self.load(self.source, self._prepare_policy)
+        self._float_buffers = float_buffers(policy)
+        policy.train()  # from_pretrained leaves eval mode, and Lightning keeps what it finds
+        self.policy = policy
+
+    def _prepare_policy(self, policy: PreTrainedModel) -> None:
         self.trainable.apply(policy)
         checkpoint_activations(policy, self.activation_checkpointing)
         trained, total = parameter_counts(policy)
         rank_zero_info(f"Policy {self.source}: {trained:,} of {total:,} parameters train ({trained / total:.1%}).")
-        self.place(policy)
-        self._float_buffers = float_buffers(policy)
-        policy.train()  # from_pretrained leaves eval mode, and Lightning keeps what it finds
-        self.policy = policy
 
     def on_fit_start(self) -> None:
         self._after_cast()
@@ -129,12 +132,31 @@ class ResponseModule(LightningModule):
         assert self.policy is not None
         restore_buffers(self.policy, self._float_buffers, self.device)
 
-    def place(self, model: PreTrainedModel) -> None:
-        """Binds the log-prob method to a network and, under a sharding strategy, shards it."""
-        bind_log_probs(model, self.attention, self.logp_reduction, self.chunk_size)
+    def load(self, source: ModelSource, prepare: Callable[[PreTrainedModel], None]) -> PreTrainedModel:
+        """A source's network with its weights and log-prob methods; under a sharding strategy, loaded in shards.
+
+        Args:
+            source: Where it comes from.
+            prepare: Changes it before it is sharded: what trains, further modules.
+        """
         mesh = self.device_mesh
         if mesh is not None:
-            shard(model, mesh, METHODS, str(self.trainer.precision))
+            strategy = self.trainer.strategy
+            device = getattr(strategy, "shard_device", strategy.root_device)
+            return load_in_shards(source, prepare, self._shard, device)
+        model = source.load_model()
+        prepare(model)
+        self._bind(model)
+        return model
+
+    def _bind(self, model: PreTrainedModel) -> None:
+        bind_log_probs(model, self.attention, self.logp_reduction, self.chunk_size)
+
+    def _shard(self, model: PreTrainedModel) -> None:
+        assert self.device_mesh is not None
+        self._bind(model)
+        offload = getattr(self.trainer.strategy, "offload_policy", None)
+        shard(model, self.device_mesh, METHODS, str(self.trainer.precision), offload)
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
@@ -233,7 +255,8 @@ class ResponseModule(LightningModule):
         """
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self.guard.decide(named, self.trainer.global_step, self.mean_over_ranks, check_gradients=not scaled)
+        over_shards = getattr(self.trainer.strategy, "norm_over_shards", None)
+        self.guard.decide(named, self.trainer.global_step, self.mean_over_ranks, not scaled, over_shards)
 
     def configure_gradient_clipping(
         self,

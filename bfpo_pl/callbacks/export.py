@@ -13,6 +13,7 @@ from bfpo_pl.component import RunError, UserError
 from bfpo_pl.export.card import model_card
 from bfpo_pl.export.folder import check_target
 from bfpo_pl.export.model import Architecture, Form, export_policy, is_adapters
+from bfpo_pl.export.weights import POLICY
 from bfpo_pl.training import ResponseModule
 
 
@@ -62,7 +63,10 @@ class ExportHF(Callback):
         adapted = any(is_adapters(name) for name, _ in module.policy.named_parameters())
         alone = adapted and not self.form.merge
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=alone)
-        weights: dict[str, Any] = dict(get_model_state_dict(module.policy, options=options))
+        # Of what the strategy wraps: only that knows how the weights are sharded.
+        wrapped: Any = module if module._trainer is None else module.trainer.strategy.model
+        held = get_model_state_dict(wrapped, options=options)
+        weights: dict[str, Any] = {name.removeprefix(POLICY): held[name] for name in held if name.startswith(POLICY)}
         if not writes:
             return
         base = module.source.origin[0] if module.source.origin else None

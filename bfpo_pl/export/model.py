@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace as replace_field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,8 +79,12 @@ def export_policy(
     Raises:
         UserError: The weights are another model's, there is not enough space, or the folder exists.
     """
-    network = policy.source.skeleton()
     adapted = any(is_adapters(name) for name in weights)
+    stored = policy.source.unquantised()
+    if stored is not policy.source:
+        policy = replace_field(policy, source=stored)
+        weights = _over_stored_base(weights, policy) if form.merge else weights
+    network = policy.source.skeleton()
     if adapted and form.merge:
         weights = merged(weights, policy)
     elif adapted:
@@ -155,6 +160,13 @@ def merged(weights: dict[str, Tensor], policy: Architecture) -> dict[str, Tensor
         for name, tensor in network.state_dict().items()
         if not is_adapters(name)
     }
+
+
+def _over_stored_base(weights: dict[str, Tensor], policy: Architecture) -> dict[str, Tensor]:
+    """An adapter that was trained over a quantised base, with the base as its files hold it, by name."""
+    network = policy.source.load_model()
+    policy.trainable.apply(network)
+    return {name: weights[name] if is_adapters(name) else tensor for name, tensor in network.state_dict().items()}
 
 
 def _name_base(network: PreTrainedModel, policy: Architecture) -> None:
