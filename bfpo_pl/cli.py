@@ -49,6 +49,13 @@ def data(args: list[str], plugins: list[Plugin]) -> object:
     return run_data(args, plugins)
 
 
+def estimate(args: list[str], plugins: list[Plugin]) -> object:
+    """Says what memory and time a config takes on devices of a named kind, before anything is loaded."""
+    from bfpo_pl.estimation.command import run_estimate
+
+    return run_estimate(args, plugins)
+
+
 def components(args: list[str], plugins: list[Plugin]) -> None:
     """Lists labelings, losses, references, sources and plugins; with a NAME, says what it means and takes."""
     import bfpo_pl.data.datamodule  # noqa: F401  # its imports define the components
@@ -84,6 +91,7 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "sft": sft,
     "reference": reference,
     "data": data,
+    "estimate": estimate,
     "components": components,
     "demo": demo,
 }

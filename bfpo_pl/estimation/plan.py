@@ -15,7 +15,7 @@ from bfpo_pl.estimation.devices import DeviceKind
 from bfpo_pl.estimation.skeleton import COMPUTE, TYPES
 from bfpo_pl.models.attention import AttentionBackend
 from bfpo_pl.models.checkpointing import Checkpointing
-from bfpo_pl.models.reference import FrozenCopy, Reference
+from bfpo_pl.models.reference import AdapterOff, FrozenCopy, Reference, SharedWeights
 from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import TrainablePart
 from bfpo_pl.training import ResponseModule
@@ -88,6 +88,16 @@ class Plan:
         """Sources of the frozen networks that are held beside the policy."""
         copies = [each for each in self.references.values() if isinstance(each, FrozenCopy)]
         return [each.source or self.source for each in copies]
+
+    @property
+    def own_references(self) -> list[Reference]:
+        """References that the policy's network computes itself, in every step."""
+        return [each for each in self.references.values() if isinstance(each, SharedWeights | AdapterOff)]
+
+    @property
+    def live(self) -> list[ModelSource | None]:
+        """Whose forward pass every live reference is; None: the policy's."""
+        return [*self.networks, *[None for _ in self.own_references]]
 
 
 def plan_of(module: ResponseModule, trainer: Namespace, kind: DeviceKind) -> Plan:
