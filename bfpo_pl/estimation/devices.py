@@ -42,7 +42,7 @@ CUDA_CONSTANT = 1.0 * GIB
 """CUDA context with its kernels, and cuBLAS's workspaces; assumed, not measured here."""
 NCCL_CONSTANT = 1.0 * GIB
 """NCCL's buffers where several devices take part; assumed, not measured here."""
-CPU_CONSTANT = 0.10 * GIB
+CPU_CONSTANT = 75 * 2**20
 """What a fit on a CPU holds besides tensors, over what it holds after its imports: modules that load late, the trainer,
 loggers, threads. Measured: `benchmarks/estimate_cpu.py`, a fit of a model of almost no size."""
 
