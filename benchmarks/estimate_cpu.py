@@ -45,7 +45,12 @@ CASES: dict[str, tuple[dict[str, int], int, list[str]]] = {
     "down_proj, shared": (
         DEEP,
         8,
-        ["-c", "configs/reference/shared_weights.yaml", "--model.trainable=Select", "--model.trainable.patterns=[down_proj]"],
+        [
+            "-c",
+            "configs/reference/shared_weights.yaml",
+            "--model.trainable=Select",
+            "--model.trainable.patterns=[down_proj]",
+        ],
     ),
     "lora, adapter off": (DEEP, 6, ["-c", "configs/model/lora.yaml"]),
     "sgd, precomputed, small chunks": (WIDE, 8, [*PRECOMPUTED, *SGD, "--model.chunk_size=256"]),
@@ -184,13 +189,23 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     worker = [str(Path(__file__).resolve()), "--worker", case, "--folder", str(folder), "--out", str(out)]
     several = "--trainer.devices=2" in CASES[case][2]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if several else []
-    environment = {**os.environ, **HEAP_RETURNED, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    environment = {
+        **os.environ,
+        **HEAP_RETURNED,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+    }
     began = time.monotonic()
     done = subprocess.run([sys.executable, *launch, *worker], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{case} failed:\n{done.stderr[-3000:]}")
     found = [json.loads(file.read_text()) for file in sorted(folder.glob("found.*.json"))]
-    return {"seconds": time.monotonic() - began, "processes": found, "peak_mib": max(each["peak_mib"] for each in found)}
+    return {
+        "seconds": time.monotonic() - began,
+        "processes": found,
+        "peak_mib": max(each["peak_mib"] for each in found),
+    }
 
 
 def estimated(case: str, folder: Path) -> dict[str, Any]:

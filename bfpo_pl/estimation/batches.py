@@ -72,7 +72,7 @@ def workload_of(
     """The batches of a config.
 
     Args:
-        data: The data module, with its tokenizer.
+        data: The data module, with its tokenizer if rows are to be read.
         trainer: The section ``trainer`` of the config.
         devices: Processes that see different rows.
         lengths: Lengths of all rows; None: those of the data if it is local and small, else the greatest that the
@@ -80,7 +80,7 @@ def workload_of(
         paired: Whether rows have two responses, rather than one.
         padded: Whether rows are padded to the longest of a batch.
     """
-    if lengths is None and (why := _not_at_hand(data)) is None:
+    if lengths is None and (why := not_at_hand(data)) is None:
         return _real(data, trainer, devices, padded)
     if lengths is not None:
         assumption = f"all prompts have {lengths.prompt:,} tokens and all responses {lengths.response:,}, as given"
@@ -99,8 +99,12 @@ def workload_of(
     return Workload(batch, batch, whole, None, math.ceil(1000 / (taken * devices)), assumption)
 
 
-def _not_at_hand(data: AlignmentData) -> str | None:
-    """Why rows are not read for an estimate; None if they are."""
+def not_at_hand(data: AlignmentData) -> str | None:
+    """Why rows are not read for an estimate; None if they are, which takes a tokenizer.
+
+    Args:
+        data: The data module.
+    """
     for name, stream in data.streams.items():
         source = stream.source
         if isinstance(source, _MICROWORLD):

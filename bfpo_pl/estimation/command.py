@@ -7,8 +7,10 @@ import json
 from dataclasses import replace
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
+
 from bfpo_pl.component import UserError
-from bfpo_pl.estimation.batches import Lengths, workload_of
+from bfpo_pl.estimation.batches import Lengths, not_at_hand, workload_of
 from bfpo_pl.estimation.devices import TERA, device_kind, device_names
 from bfpo_pl.estimation.duration import DEFAULT_UTILISATION
 from bfpo_pl.estimation.estimate import Estimate, estimate
@@ -49,6 +51,15 @@ class _Options(argparse.ArgumentParser):
         raise UserError(f"bfpo estimate: {message}.\n{USAGE}")
 
 
+class EstimateCLI(DataCLI):
+    """Reads configs and overrides as `fit` does; makes the module and the data, without a tokenizer."""
+
+    def instantiate_classes(self) -> None:
+        config = self.config["fit"]
+        self.config_init = self._parser("fit").instantiate(Namespace(model=config.model, data=config.data))
+        self.model, self.datamodule = self.config_init.model, self.config_init.data
+
+
 def run_estimate(args: list[str], plugins: list[Plugin]) -> Estimate | None:
     """Estimates a run.
 
@@ -70,12 +81,15 @@ def run_estimate(args: list[str], plugins: list[Plugin]) -> Estimate | None:
     if options.rate is not None:
         kind = replace(kind, half_rate=options.rate * TERA, full_rate=options.rate * TERA)
     with quiet():
-        cli = DataCLI(rest, plugins)
+        cli = EstimateCLI(rest, plugins)
         trainer = cli.config["fit"].trainer
         plan = plan_of(cli.model, trainer, kind)
         paired = isinstance(cli.model, PreferenceModule)
         padded = isinstance(plan.attention, Padded)
         lengths = _lengths(options)
+        if lengths is None and not_at_hand(cli.datamodule) is None:
+            cli.datamodule.tokenizer = cli.model.tokenizer
+            cli.datamodule.stop_token_ids = cli.model.stop_token_ids
         work = workload_of(cli.datamodule, trainer, plan.devices, lengths, paired, padded)
         found = estimate(plan, work, options.utilisation, options.levers)
     if options.json:

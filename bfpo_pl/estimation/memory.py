@@ -207,7 +207,8 @@ def memory_of(plan: Plan, sizes: Sizes) -> Memory:
     }
     if sizes.clones:  # one weight at a time, while contents are exchanged
         own["reference"] = (gradients, gathered, max(own["reference"][2], policy.largest / n))
-    stages = {name: rest + sum(values) for name, values in own.items()}
+    absent = {"reference": not sizes.reference, "validation": sizes.validation is None}
+    stages = {name: rest + sum(values) for name, values in own.items() if not absent.get(name)}
     peak = max(stages, key=stages.__getitem__)
     return Memory([*held, *_at_peak(plan, step, peak, own[peak])], stages, peak)
 

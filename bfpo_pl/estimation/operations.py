@@ -60,7 +60,9 @@ def seen_pairs(queries: float, keys: float, causal: bool) -> float:
     return queries * keys - queries * (queries - 1) / 2 if causal else queries * keys
 
 
-def _flash_for_cpu(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False, **_: Any) -> float:
+def _flash_for_cpu(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False, **_: Any
+) -> float:
     return _dense(query, key, value, causal, FORWARD_PRODUCTS)
 
 
@@ -84,7 +86,9 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, causal: bool, products: in
     return attention_operations(heads, width, value.shape[3], pairs, products)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, *_: Any, **__: Any) -> float:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, *_: Any, **__: Any
+) -> float:
     return _ragged(query, value, query_ends, key_ends, FORWARD_PRODUCTS)
 
 

@@ -65,7 +65,9 @@ def _time(time: Duration, where: str) -> str:
     said = f"A batch of {time.tokens:,} tokens on one device takes {work} ({share:.0%} of it the reference)"
     of = f"the epoch's {time.rows:,} rows of the driver" if time.rows is not None else "1,000 rows of the driver"
     if time.epoch_seconds is None or time.rate is None:
-        return f"{said}; {time.batches:,} batches for {of}. How fast the device is, is not known: --rate TFLOPS says it."
+        return (
+            f"{said}; {time.batches:,} batches for {of}. How fast the device is, is not known: --rate TFLOPS says it."
+        )
     return (
         f"{said}: {_seconds(time.batch_seconds or 0.0)} at {time.utilisation:.0%} of {time.rate / 1e12:,.0f} TFLOP/s; "
         f"{_seconds(time.epoch_seconds)} for {of}, in {time.batches:,} batches on {where}, without validation and "

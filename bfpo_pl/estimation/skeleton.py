@@ -51,9 +51,7 @@ def config_of(source: ModelSource) -> PreTrainedConfig:
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(f"bfpo estimate: the folder '{source.path}' has no config.json; is it a run? Use its export/.")
     with _explained(source.path):
-        config = AutoConfig.from_pretrained(
-            path, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(path, revision=source.revision, trust_remote_code=source.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"bfpo estimate: the weights of '{source.path}' are quantised, and what they take is not known here."

@@ -25,7 +25,7 @@ from bfpo_pl.estimation.skeleton import blocks_alike, config_of, on_meta, with_d
 from bfpo_pl.models.checkpointing import checkpoint_activations
 from bfpo_pl.models.device_type import planned_for
 from bfpo_pl.models.log_probs import bind_log_probs
-from bfpo_pl.models.reference import frozen, has_adapter
+from bfpo_pl.models.reference import frozen
 from bfpo_pl.models.sharding import transformer_blocks
 from bfpo_pl.models.sources import ModelSource
 

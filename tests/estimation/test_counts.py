@@ -64,7 +64,9 @@ def real(source, trainable, how="none"):
 # ---------------------------------------------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize("trainable", [Everything(), Select(["down_proj"]), LoRA(r=4)], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize(
+    "trainable", [Everything(), Select(["down_proj"]), LoRA(r=4)], ids=lambda each: type(each).__name__
+)
 def test_parameters_are_those_of_the_real_network(trainable):
     model = real(TINY, trainable)
     found = weights_of(plan(trainable=trainable), TINY, trains=True)
@@ -184,10 +186,9 @@ def test_activations_by_hand(batch):
     three, four = (training(plan(source=source), batch).backbone for source in sources)
     per_token = (four - three) / tokens
     hidden, inner, heads = 32, 80, 2
-    print(per_token/4, 12*hidden+4*inner+heads+2, tokens, batch.max_length)
-    # Two norms: float32 input, its inverse norm, the normalised states and the result; q and k before and after the
-    # rotation; v; attention's output with its normaliser of each head; gate, silu(gate), up and their product.
-    assert per_token == pytest.approx(4 * (12 * hidden + 4 * inner + heads + 2), rel=0.12)
+    # Two norms: the input, the normalised input, the result (3 each, and an inverse deviation). Queries, keys and
+    # values, attention's output and its normaliser of each head. gate, silu(gate), up and their product.
+    assert per_token == 4 * (10 * hidden + 4 * inner + heads + 2)
 
 
 def test_checkpointing_keeps_less_and_computes_more(batch):
@@ -219,7 +220,9 @@ def test_autocast_keeps_casts_of_weights_unless_blocks_are_gathered_in_its_type(
 
 
 @pytest.mark.parametrize("how", ["none", "full"])
-@pytest.mark.parametrize("trainable", [Everything(), Select(["down_proj"]), LoRA(r=4)], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize(
+    "trainable", [Everything(), Select(["down_proj"]), LoRA(r=4)], ids=lambda each: type(each).__name__
+)
 def test_operations_are_those_of_a_real_step(trainable, how, batch):
     model = real(TINY, trainable, how)
     bind_log_probs(model, Padded())
