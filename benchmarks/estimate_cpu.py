@@ -22,6 +22,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def command(case: str, folder: Path) -> list[str]:
     """Configs and overrides of a case."""
     sizes, rows, overrides = CASES[case]
     name = {id(WIDE): "wide", id(DEEP): "deep", id(NOTHING): "nothing"}[id(sizes)]
-    configs = [each for pair in zip(overrides, overrides[1:], strict=False) if pair[0] == "-c" for each in pair]
+    configs = [each for pair in pairwise(overrides) if pair[0] == "-c" for each in pair]
     rest, skip = [], False
     for each in overrides:
         if not skip and each != "-c":

@@ -33,7 +33,7 @@ loaded or rented: of the model its config.json alone is read, and nothing goes t
   --prompt_tokens N     All prompts have N tokens, and with
   --response_tokens N   all responses this many; both or neither. Default: the lengths of the data, if it is local and
                         small; else the most that data.truncation lets through.
-  --utilisation X       Share of the device's rate of matrix products that a step reaches. Default: {DEFAULT_UTILISATION}.
+  --utilisation X       Share of the device's rate of matrix products that is reached. Default: {DEFAULT_UTILISATION}.
   --rate TFLOPS         The device's rate, where it is not known or not the data sheet's.
   --levers              Lists what would lower the peak, even if the run fits.
   --json                Plain data instead of tables, in bytes, operations and seconds.

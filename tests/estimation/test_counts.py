@@ -1,4 +1,4 @@
-"""What is counted without contents, against real tensors: parameters, gradients, optimizer state, live bytes, operations."""
+"""What is counted without contents, against real tensors: parameters, optimizer state, live bytes, operations."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_operations_are_those_of_a_real_step(trainable, how, batch):
 
 
 def test_operations_by_hand(batch):
-    """A forward pass: 2 for each weight of the blocks and each token, 2 · vocabulary · width for each response token."""
+    """Forward: 2 for each weight of the blocks and each token, 2 · vocabulary · width for each response token."""
     tokens = len(batch.tokens)
     found = passing(plan(attention=Unfold()), None, batch)
     vocabulary = len(TINY.load_tokenizer())
@@ -294,7 +294,7 @@ def test_sources_without_a_config_are_refused(batch, tmp_path):
 
     with pytest.raises(ValueError, match="Own has no config"):
         training(plan(source=Own()), batch)
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         training(plan(source=HFModel(str(tmp_path))), batch)
 
 
