@@ -11,7 +11,7 @@ from bfpo_pl.estimation.batches import Workload, half_of
 from bfpo_pl.estimation.memory import memory_of, sizes_of
 from bfpo_pl.estimation.plan import REPLICATED, SHARDED, Plan
 from bfpo_pl.models.precomputed import Precomputed
-from bfpo_pl.models.reference import AdapterOff, FrozenCopy, SharedWeights
+from bfpo_pl.models.reference import AdapterOff, FrozenCopy, Reference, SharedWeights
 from bfpo_pl.models.trainable import Everything, LoRA
 
 _SMALLEST_CHUNK = 512
@@ -84,5 +84,5 @@ def _candidates(plan: Plan, work: Workload) -> Iterator[tuple[str, Plan, PairBat
         yield "-c configs/model/lora.yaml (trains an adapter alone)", adapter, batch, validation, True
 
 
-def _computed_before(reference: object) -> object:
+def _computed_before(reference: Reference) -> Reference:
     return Precomputed() if isinstance(reference, FrozenCopy | SharedWeights) else reference

@@ -148,13 +148,13 @@ def without_contents(
     made: dict[int, nn.Parameter] = {}  # to_empty would untie weights that are tied
     with mode:
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is None:
+            for name, weight in module._parameters.items():
+                if weight is None:
                     continue
-                if id(parameter) not in made:
-                    empty = torch.empty_like(parameter, device="cpu")
-                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
+                if id(weight) not in made:
+                    empty = torch.empty_like(weight, device="cpu")
+                    made[id(weight)] = nn.Parameter(empty, requires_grad=weight.requires_grad)
+                module._parameters[name] = made[id(weight)]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty_like(buffer, device="cpu")
