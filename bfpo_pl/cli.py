@@ -71,6 +71,13 @@ def generate(args: list[str], plugins: list[Plugin]) -> object:
     return call_with("bfpo generate", chat, args)
 
 
+def estimate(args: list[str], plugins: list[Plugin]) -> object:
+    """Says what memory and time a config takes on devices of a named kind, before anything is loaded."""
+    from bfpo_pl.estimation.command import run_estimate
+
+    return run_estimate(args, plugins)
+
+
 def components(args: list[str], plugins: list[Plugin]) -> None:
     """Lists labelings, losses, references, sources and plugins; with a NAME, says what it means and takes."""
     import bfpo_pl.data.datamodule  # noqa: F401  # its imports define the components
@@ -109,6 +116,7 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "checkpoints": checkpoints,
     "export": export,
     "generate": generate,
+    "estimate": estimate,
     "components": components,
     "demo": demo,
 }
