@@ -7,11 +7,14 @@
 #   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu make test        another build of torch: here the small one
 #                                                                         without CUDA
 #   make test ARGS="-k labeling -x"                                       arguments for the command that is run
+#   make test WORKERS=8                                                   tests at a time; two by default
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
 ARGS ?=
+WORKERS ?= 2
 
+ONE_THREAD := OMP_NUM_THREADS=1
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
@@ -19,7 +22,7 @@ DEV_INSTALLED := $(VENV)/installed-dev.stamp
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format type clean
+.PHONY: help demo test test-one test-distributed test-long lint format type clean
 .DELETE_ON_ERROR:
 
 help:  ## Lists the targets
@@ -28,11 +31,17 @@ help:  ## Lists the targets
 demo: $(INSTALLED)  ## Fine-tunes and aligns a tiny model; prints the table of helpful and safe answers
 	$(BIN)/bfpo demo $(ARGS)
 
-test: $(INSTALLED)  ## Runs the tests, without those that take minutes
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+test: test-one test-distributed  ## Runs the tests, without those that take minutes each
 
-test-all: $(INSTALLED)  ## Runs every test
-	$(BIN)/python -m pytest $(ARGS)
+# pytest's exit code 5 says that ARGS leaves no test of this kind.
+test-one: $(INSTALLED)  ## Runs those on one process, WORKERS at a time
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not distributed" -n $(WORKERS) --dist loadfile $(ARGS) || [ $$? -eq 5 ]
+
+test-distributed: $(INSTALLED)  ## Runs those that start several processes
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and distributed" $(ARGS) || [ $$? -eq 5 ]
+
+test-long: $(INSTALLED)  ## Runs those that take minutes each: kills, loading a large model, results of the microworld
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(DEV_INSTALLED)  ## Checks style and spelling
 	$(BIN)/ruff check .

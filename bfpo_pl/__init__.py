@@ -43,7 +43,7 @@ def load(run: str | Path) -> tuple[Any, Any]:
     """Loads the model that a run exported, with plain transformers.
 
     Args:
-        run: A run's folder, such as ``runs/bfpo/20260101-120000-ab12``, or an export itself.
+        run: A run's folder, such as ``runs/bfpo/20260101-120000-ab12``, or an export itself, an adapter's as well.
 
     Returns:
         The model, in eval mode, and its tokenizer.
@@ -54,11 +54,13 @@ def load(run: str | Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(run)
-    export = folder if (folder / "config.json").is_file() else folder / "export"
-    if not (export / "config.json").is_file():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
-        raise UserError(
-            f"'{run}' holds no exported model (found: {found or 'nothing'}). Name a run that ended its fit."
-        )
-    model = AutoModelForCausalLM.from_pretrained(export, use_safetensors=True, trust_remote_code=False)
-    return model, AutoTokenizer.from_pretrained(export, trust_remote_code=False)
+    for export in (folder, folder / "export"):
+        if (export / "adapter_config.json").is_file():
+            from bfpo_pl.chat.loading import load_adapter
+
+            return load_adapter(export)
+        if (export / "config.json").is_file():
+            model = AutoModelForCausalLM.from_pretrained(export, use_safetensors=True, trust_remote_code=False)
+            return model, AutoTokenizer.from_pretrained(export, trust_remote_code=False)
+    found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
+    raise UserError(f"'{run}' holds no exported model (found: {found or 'nothing'}). Name a run that ended its fit.")

@@ -49,29 +49,6 @@ def check_config_files(args: list[str]) -> None:
             raise UserError(f"The config {path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def check_checkpoint(path: str | Path | None) -> None:
-    """Fails before any weight loads if a checkpoint is not there.
-
-    Raises:
-        UserError: There is no such file or folder; the message lists those beside it.
-    """
-    if path is None or str(path) == "hpc" or "://" in str(path):
-        return
-    if Path(path).is_dir() and not (Path(path) / ".metadata").is_file():
-        inside = sorted(item.name for item in Path(path).glob("**/*.ckpt"))
-        raise UserError(f"'{path}' is a folder, not a checkpoint. Checkpoints in it: {', '.join(inside) or 'none'}.")
-    if Path(path).exists():
-        return
-    if str(path) in ("last", "best"):
-        raise UserError(
-            f"--ckpt_path={path}: every run has a folder of its own, so name the checkpoint, for instance "
-            f"runs/<experiment>/<run>/checkpoints/last.ckpt."
-        )
-    parent = Path(path).parent
-    beside = sorted(item.name for item in parent.glob("*.ckpt")) if parent.is_dir() else []
-    raise UserError(f"There is no checkpoint '{path}'. Checkpoints in {parent}: {', '.join(beside) or 'none'}.")
-
-
 def check_experiment(name: str) -> None:
     """Fails if an experiment's name would not be one folder of runs.
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 
-from bfpo_pl.component import RunError, UserError
+from bfpo_pl.failures import exit_code, explained
 from bfpo_pl.plugins import Plugin, load_plugins
+from bfpo_pl.redaction import redacted_text
 
 
 def fit(args: list[str], plugins: list[Plugin]) -> object:
@@ -47,6 +46,36 @@ def data(args: list[str], plugins: list[Plugin]) -> object:
     from bfpo_pl.inspection.command import run_data
 
     return run_data(args, plugins)
+
+
+def checkpoints(args: list[str], plugins: list[Plugin]) -> None:
+    """Lists the checkpoints of a run, and says which are complete: `bfpo checkpoints RUN [--verify]`."""
+    from bfpo_pl.checkpoints.command import run_checkpoints
+
+    run_checkpoints(args)
+
+
+def export(args: list[str], plugins: list[Plugin]) -> object:
+    """Writes a checkpoint of a run as a Hugging Face folder, merged or as an adapter, with a model card."""
+    from bfpo_pl.export.command import export_run
+    from bfpo_pl.function_parser import call_with
+
+    return call_with("bfpo export", export_run, args)
+
+
+def generate(args: list[str], plugins: list[Plugin]) -> object:
+    """Chats in the terminal with a run, an export or a model of the Hub; answers one prompt in a pipe."""
+    from bfpo_pl.chat.command import chat
+    from bfpo_pl.function_parser import call_with
+
+    return call_with("bfpo generate", chat, args)
+
+
+def estimate(args: list[str], plugins: list[Plugin]) -> object:
+    """Says what memory and time a config takes on devices of a named kind, before anything is loaded."""
+    from bfpo_pl.estimation.command import run_estimate
+
+    return run_estimate(args, plugins)
 
 
 def components(args: list[str], plugins: list[Plugin]) -> None:
@@ -84,6 +113,10 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "sft": sft,
     "reference": reference,
     "data": data,
+    "checkpoints": checkpoints,
+    "export": export,
+    "generate": generate,
+    "estimate": estimate,
     "components": components,
     "demo": demo,
 }
@@ -114,7 +147,8 @@ def main(args: list[str] | None = None) -> object:
         ``model`` and ``datamodule``.
 
     Raises:
-        SystemExit: With code 2 after a user's mistake, said in one message on stderr.
+        SystemExit: With code 2 after a user's mistake, 1 after a failure of the run, 128 + the signal's number after
+            an orderly stop (143 for SIGTERM, 130 for Ctrl-C); said in one message on stderr.
     """
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
@@ -126,40 +160,14 @@ def main(args: list[str] | None = None) -> object:
     _quiet()
     try:
         return COMMANDS[args[0]](args[1:], load_plugins())
+    except SystemExit as error:
+        raise SystemExit(exit_code(error)) from error
     except Exception as error:
-        message, code = _explained(error)
+        message, code = explained(error)
         if not message or TRACEBACK_VARIABLE in os.environ:
             raise
-        sys.stderr.write(f"bfpo: error: {message}\n")
+        sys.stderr.write(f"bfpo: error: {redacted_text(message)}\n")
         raise SystemExit(code) from error
-
-
-def _explained(error: BaseException) -> tuple[str, int]:
-    """One message and an exit code for a mistake or a run that had to stop; an empty message for a bug."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        if isinstance(cause, UserError):  # the parser wraps what a component says of its arguments
-            return str(cause), 2
-        if isinstance(cause, RunError):
-            return str(cause), 1
-        seen.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(error, MisconfigurationException | OSError):
-        return str(error), 2
-    if isinstance(error, pickle.UnpicklingError):
-        return (
-            "The checkpoint cannot be read without running code from it, so it is refused.",
-            2,
-        )
-    if type(error).__module__.startswith("wandb"):
-        return f"W&B: {error} Or log without a network: `-c configs/logger/wandb_offline.yaml`.", 2
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, ValueError) and "/lightning/" in frames[-1].filename.replace("\\", "/"):
-        return str(error), 2  # Lightning says so of its own arguments
-    return "", 1
 
 
 def _quiet() -> None:
@@ -177,9 +185,15 @@ def _quiet() -> None:
     said = re.compile("litlogger|^TPU available|^GPU available: False")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: not said.search(str(record.msg)))
+    logger.addFilter(_without_secrets)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redacted_text(record.getMessage()), None
+    return True
 
 
 def run() -> None:

@@ -12,6 +12,9 @@ class UserError(ValueError):
 class RunError(RuntimeError):
     """A run that must stop: the message says why, and no traceback is needed."""
 
+    exit_code = 1
+    """The command's exit code."""
+
 
 class Component:
     """Base of labelings, losses and other parts named by ``class_path``; its repr shows the resolved arguments."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from bfpo_pl.models.sharding import compute_device
+
 PromptMessages = Sequence[dict[str, str]]
 """Messages up to and with the user's last turn, each with ``role`` and ``content``."""
 
@@ -46,17 +48,18 @@ def generate(
         for messages in prompts
     ]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
-    config = _generation_config(model, tokenizer, temperature, max_new_tokens)
+    config = sampling(model, tokenizer, temperature, max_new_tokens)
     answers = [""] * len(prompts)
     training = model.training
     model.eval()
-    devices = [model.device] if model.device.type == "cuda" else []
+    device = compute_device(model)
+    devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                ids, mask = _left_padded([encoded[index] for index in chosen], config.pad_token_id, model.device)
+                ids, mask = _left_padded([encoded[index] for index in chosen], config.pad_token_id, device)
                 output: Any = model.generate(  # type: ignore[operator]
                     input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced
                 )
@@ -68,17 +71,29 @@ def generate(
     return answers
 
 
-def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, max_new_tokens: int
+def sampling(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    temperature: float,
+    max_new_tokens: int,
+    top_p: float = 1.0,
 ) -> GenerationConfig:
-    """Plain sampling from the model's own distribution: no top-k, no top-p, no penalty."""
+    """Plain sampling from the model's own distribution: no top-k, no penalty, and no top-p unless asked for.
+
+    Args:
+        model: The model, whose generation config names the tokens that end an answer.
+        tokenizer: Its tokenizer.
+        temperature: 0 for greedy decoding.
+        max_new_tokens: Tokens at which an answer is cut.
+        top_p: Only the likeliest tokens of this total probability are drawn.
+    """
     own: Any = getattr(model, "generation_config", None)
     stops = getattr(own, "eos_token_id", None)
     stops = tokenizer.eos_token_id if stops is None else stops
     first_stop = stops[0] if isinstance(stops, list) else stops
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_stop
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **sampling)
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature > 0 else {}
+    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **drawing)
 
 
 def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -14,6 +15,20 @@ from bfpo_pl.component import RunError
 
 class NonFiniteError(RunError):
     """A loss or a gradient was NaN or infinite; the update was not applied."""
+
+
+class Stopped(RunError):
+    """A signal stopped the run after a step; its checkpoint is saved.
+
+    Args:
+        number: The signal.
+        step: The last optimizer step.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"Stopped by {signal.Signals(number).name} after step {step}.")
+        self.number = number
+        self.exit_code = 128 + number
 
 
 class UpdateGuard:
@@ -55,6 +70,7 @@ class UpdateGuard:
         step: int,
         mean_over_ranks: Callable[[Tensor], Tensor],
         check_gradients: bool = True,
+        norm_over_shards: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Lets the update pass, or takes the gradients away, so that the optimizer leaves every weight as it is.
 
@@ -63,6 +79,8 @@ class UpdateGuard:
             step: Number of the optimizer step.
             mean_over_ranks: The mean of a tensor over processes.
             check_gradients: False where a loss scaler looks for infinities itself.
+            norm_over_shards: From the norm of this process's shards to that of the whole gradient, where gradients do
+                not know that they are sharded.
 
         Raises:
             NonFiniteError: A loss or a gradient was not finite on some rank, and no more steps may be skipped.
@@ -70,6 +88,8 @@ class UpdateGuard:
         bad_loss, origins = self._bad_loss, self._origins
         self._bad_loss, self._origins = None, []
         self.norm = torch.nn.utils.get_total_norm([p.grad for _, p in named if p.grad is not None])
+        if norm_over_shards is not None:
+            self.norm = norm_over_shards(self.norm)
         norm = self.norm.full_tensor() if isinstance(self.norm, DTensor) else self.norm
         bad_norm = ~torch.isfinite(norm.detach()) if check_gradients else torch.zeros_like(norm, dtype=torch.bool)
         bad_loss = torch.zeros_like(bad_norm) if bad_loss is None else bad_loss.to(bad_norm.device)
@@ -78,7 +98,7 @@ class UpdateGuard:
         # One look at the device for all three, and one for what only a failure needs.
         loss_flag, norm_flag, stop_flag = mean_over_ranks(flags).tolist()
         if stop_flag > 0:
-            self.agreed = self.requested or 15
+            self.agreed = self.requested or int(signal.SIGTERM)
         if not loss_flag and not norm_flag:
             return
         what = _what_is_wrong(loss_flag > 0, bool(bad_loss), origins, named)

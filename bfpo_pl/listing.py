@@ -21,6 +21,7 @@ from bfpo_pl.data.truncation import Truncation
 from bfpo_pl.labeling import LabelingFunction
 from bfpo_pl.losses import AuxiliaryLoss, PreferenceLoss
 from bfpo_pl.models.attention import AttentionBackend
+from bfpo_pl.models.quantization import FourBit
 from bfpo_pl.models.reference import Reference
 from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import TrainablePart
@@ -34,6 +35,7 @@ COMPONENTS: dict[str, type] = {
     "model.auxiliary": AuxiliaryLoss,
     "model.pair_reduction": PairReduction,
     "model.policy": ModelSource,
+    "model.policy.quantization": FourBit,
     "model.trainable": TrainablePart,
     "model.reference": Reference,
     "model.attention": AttentionBackend,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import TrainablePart
 from bfpo_pl.reductions import Mean, PairReduction
 from bfpo_pl.schedules import Schedule
+from bfpo_pl.strategies import FSDP1
 from bfpo_pl.training import ResponseModule
 
 
@@ -123,7 +125,7 @@ class PreferenceModule(ResponseModule):
                 f"model.references."
             )
         self._start_checked = False
-        self._train_metrics: PreferenceMetrics | None
+        self._train_metrics: Any
         self._val_metrics: PreferenceMetrics | None
 
     @property
@@ -138,6 +140,7 @@ class PreferenceModule(ResponseModule):
         super().setup(stage)
         for reference in self.references.values():
             reference.check()
+            reference.check_strategy(self.trainer.strategy)
         datamodule = getattr(self.trainer, "datamodule", None)
         if hasattr(datamodule, "columns_of"):
             self._check_columns(datamodule)
@@ -168,7 +171,7 @@ class PreferenceModule(ResponseModule):
         super().configure_model()
         assert self.policy is not None
         for reference in self.references.values():
-            reference.prepare(self.policy, self.source, self.place)
+            reference.prepare(self.policy, self.source, self.load)
 
     def _after_cast(self) -> None:
         super()._after_cast()
@@ -191,20 +194,28 @@ class PreferenceModule(ResponseModule):
 
     def _run_context(self) -> RunContext:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        policy = self.policy
+        policy, strategy = self.policy, self.trainer.strategy
         if not hasattr(datamodule, "rows"):
             raise UserError("A reference that is computed before training needs the rows of an AlignmentData.")
         assert policy is not None
+        log_probs = self.summed_log_probs
+        if isinstance(strategy, FSDP1):  # which gathers weights in the module's own calls alone
+            log_probs = partial(strategy.call, "summed_log_probs")
         return RunContext(
             rows=datamodule.rows,
             cache=datamodule.cache_folder,
             policy=policy,
             policy_is_start=self.trainer.ckpt_path is None and self.trainer.global_step == 0,
             source=self.source,
-            place=self.place,
-            strategy=self.trainer.strategy,
+            log_probs=log_probs,
+            load=self.load,
+            strategy=strategy,
             reduction=self.logp_reduction,
         )
+
+    def summed_log_probs(self, batch: PairBatch) -> Tensor:
+        """``[R]``, log-probs of the responses under the policy, summed over tokens."""
+        return self.policy.response_log_probs(batch, reduction="sum")  # type: ignore[union-attr,operator]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what a run that goes on needs to know its references by."""
@@ -265,14 +276,14 @@ class PreferenceModule(ResponseModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         if not self._start_checked and self.trainer.global_step == 0:
-            self.check_network()
+            self.check_network(batch.tokens.device)
             self._check_start(batch)
         self._start_checked = True
         objective = self.objective(batch)
         self.guard.watch(objective.loss, batch.origins)
         self.log("loss", objective.loss.detach(), prog_bar=True, logger=False)
         if self._train_metrics is None:
-            self._train_metrics = PreferenceMetrics(batch.streams).to(self.device)
+            self._train_metrics = self.going_on(PreferenceMetrics(batch.streams))
         self._update(self._train_metrics, batch, objective)
         return objective.loss
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -16,20 +18,30 @@ from jsonargparse._util import import_object
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from bfpo_pl.arguments import check_checkpoint, check_config_files, check_experiment, configs_first, help_asked
+from bfpo_pl.arguments import check_config_files, check_experiment, configs_first, help_asked
 from bfpo_pl.callbacks.export import ExportHF
 from bfpo_pl.callbacks.progress import progress_callback
 from bfpo_pl.callbacks.record import RunRecord
+from bfpo_pl.callbacks.stopping import OrderlyStop, end_children
 from bfpo_pl.callbacks.throughput import Throughput
+from bfpo_pl.checkpoints.file_io import AtomicCheckpointIO
+from bfpo_pl.checkpoints.find import find_checkpoint
+from bfpo_pl.checkpoints.keep import RunCheckpoints
+from bfpo_pl.checkpoints.shards import plain_sharded_reads
 from bfpo_pl.component import UserError
+from bfpo_pl.devices import check_devices
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
+from bfpo_pl.loggers import MetricsFile
 from bfpo_pl.plugins import Plugin
-from bfpo_pl.runs import new_run_folder
+from bfpo_pl.redaction import redacted, redacted_text, secrets_off_the_command_line
+from bfpo_pl.resuming import AlreadyFinished, read_status, resumption
+from bfpo_pl.runs import check_writable, hand_down, new_run_folder
 from bfpo_pl.summary import print_validation
+from bfpo_pl.training import ResponseModule
 
 
 def _discard_all_init_args(parser_or_action: Any, prev_val: Any, value: Any) -> None:
@@ -68,7 +80,7 @@ class Parser(LightningArgumentParser):
 
 def _readable(message: str) -> str:
     text = re.sub(r"\n\s*\n+", "\n", message.strip())
-    return re.sub(r"(Subcommand|Parser) key", "key", text)
+    return redacted_text(re.sub(r"(Subcommand|Parser) key", "key", text))
 
 
 def _hint(message: str, typed: list[str]) -> str:
@@ -161,8 +173,19 @@ class BFPOCLI(LightningCLI):
             "--experiment", type=str, default="default", help="Name of the experiment: a folder of runs."
         )
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 1})
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            help="Go on with a run in its own folder, from its newest complete checkpoint: auto for the newest run of "
+            "this experiment and config, or else a new one; or a run's folder.",
+        )
+        parser.add_argument(
+            "--verify",
+            action="store_true",
+            help="Compare all of the checkpoint at --ckpt_path with its hashes before it loads; sizes always are.",
+        )
+        parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.add_lightning_class_args(ExportHF, "export")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -184,37 +207,87 @@ class BFPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_experiment(config.experiment)
-        check_checkpoint(config.get("ckpt_path"))
+        if config.get("weights_only") is False:
+            raise UserError(
+                "weights_only: false would let a checkpoint run code when it loads. bfpo's checkpoints hold plain data "
+                "and do not need it: leave it out."
+            )
+        if config.resume and self.subcommand != "fit":
+            raise UserError("--resume goes on with training; `bfpo validate` takes --ckpt_path.")
+        if config.resume and config.get("ckpt_path"):
+            raise UserError("Set --resume or --ckpt_path, not both: a run that goes on takes its own checkpoint.")
+        config.ckpt_path = self._find_checkpoint(config)
         dumped = self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_none=False, format="yaml")
         self.record = yaml.safe_load(dumped)
-        self.run_folder = new_run_folder(config.runs, config.experiment)
+        self._choose_run_folder(config)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
         for logger in _loggers(config.trainer):
             arguments = logger.get("init_args", Namespace())
-            for key, value in (("save_dir", str(self.run_folder)), ("name", self.run_folder.name)):
+            own = {"save_dir": str(self.run_folder), "name": self.run_folder.name, "id": self._wandb_id()}
+            for key, value in own.items():
                 if key in arguments and arguments[key] in (None, "."):
                     arguments[key] = value
 
+    def _choose_run_folder(self, config: Namespace) -> None:
+        """A new folder for the run, or that of the run that goes on, with its checkpoint."""
+        experiment = Path(config.runs) / config.experiment
+        try:
+            found = resumption(config.resume, experiment, self.command, redacted(self.record), config.verify)
+        except AlreadyFinished as finished:
+            rank_zero_info(str(finished))
+            raise SystemExit(0) from None
+        if found is None:
+            self.run_folder = new_run_folder(config.runs, config.experiment)
+            check_writable(Path(config.runs))
+            return
+        self.run_folder = hand_down(found.folder)
+        config.ckpt_path = None if found.checkpoint is None else str(found.checkpoint)
+
+    def _wandb_id(self) -> str | None:
+        return (read_status(self.run_folder) or {}).get("wandb_id")
+
+    @staticmethod
+    def _find_checkpoint(config: Namespace) -> str | None:
+        asked = config.get("ckpt_path")
+        own = config.checkpoint.dirpath
+        # Process 0 decides: what it finds is what all of them load.
+        verify = config.verify and rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        experiment = Path(config.runs) / config.experiment
+        return find_checkpoint(None if asked is None else str(asked), experiment, own and Path(own), verify)
+
     def after_instantiate_classes(self) -> None:
+        if isinstance(self.model, ResponseModule):
+            self.model.source.check_training(self.model.trainable, str(self.trainer.precision))
         # Before any data is read; a module that is not ours may have no source.
         for part in (getattr(self.model, "source", None), *getattr(self.model, "references", {}).values()):
             if part is not None:
                 part.check()
+        for reference in getattr(self.model, "references", {}).values():
+            reference.check_strategy(self.trainer.strategy)
         if self.subcommand == "validate" and not self.config[self.subcommand].get("ckpt_path"):
             rank_zero_info("No --ckpt_path: what is validated is the policy as its source gives it, before any fit.")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # Lightning's default for an address is to run what is in it.
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
 
     def _run_subcommand(self, subcommand: str) -> None:
         failed = True
         try:
-            super()._run_subcommand(subcommand)
+            with plain_sharded_reads(), redacted_wandb():
+                super()._run_subcommand(subcommand)
             failed = False
+        except BaseException:
+            end_children(self.trainer)
+            raise
         finally:
             # Else the next run of this process would go on in this one's W&B run.
             if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
                 wandb.finish(exit_code=int(failed))
 
     def after_fit(self) -> None:
+        self.run_record.finish(self.trainer)
         report = getattr(self.datamodule, "report", {}).values()
         rows = sum(splits.get("validation", {}).get("rows", 0) for splits in report)
         if rows and not any(name.startswith("val/") for name in self.trainer.callback_metrics):
@@ -226,6 +299,7 @@ class BFPOCLI(LightningCLI):
         self._show_validation()
 
     def after_validate(self) -> None:
+        self.run_record.finish(self.trainer)
         self._show_validation()
 
     def _show_validation(self) -> None:
@@ -234,10 +308,12 @@ class BFPOCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
+        given = config.trainer
+        check_devices(given.accelerator, given.devices, given.num_nodes, given.strategy)
         loggers: Any = config.trainer.logger
         loggers = loggers if isinstance(loggers, list) else [loggers]
         loggers = [logger for logger in loggers if isinstance(logger, Logger)]
-        kwargs["logger"] = [CSVLogger(str(self.run_folder), name="", version=""), *loggers]
+        kwargs["logger"] = [MetricsFile(self.run_folder), *loggers]
         kwargs["default_root_dir"] = str(self.run_folder)
         notes: dict[str, Any] = {"plugins": [f"{plugin.name} ({plugin.origin})" for plugin in self.plugins]}
         if config.get("ckpt_path"):
@@ -246,22 +322,40 @@ class BFPOCLI(LightningCLI):
         callbacks = list(configured) if isinstance(configured, list) else [configured]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(progress_callback())
-        record = RunRecord(self.run_folder, self.record, self.command, notes)
-        kwargs["callbacks"] = [record, Throughput(), *callbacks]
+        self.run_record = RunRecord(self.run_folder, self.record, self.command, notes)
+        kwargs["callbacks"] = [self.run_record, Throughput(), *callbacks]
+        if self.subcommand == "fit":
+            kwargs["callbacks"].append(OrderlyStop())
         more = [config[key] for key in self._parser(self.subcommand).callback_keys]
         if config.trainer.enable_checkpointing is False:
             more = [callback for callback in more if not isinstance(callback, ModelCheckpoint)]
-        trainer = self._instantiate_trainer({**config.trainer, **kwargs}, more)
-        _check_strategy_reads(config.get("ckpt_path"), trainer)
-        return trainer
+        kwargs["plugins"] = _with_checkpoint_io(config.trainer.plugins)
+        return self._instantiate_trainer({**config.trainer, **kwargs}, more)
 
 
-def _check_strategy_reads(checkpoint: Any, trainer: Trainer) -> None:
-    if checkpoint and Path(checkpoint).is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
-        raise UserError(
-            f"The checkpoint {checkpoint} is a folder with a shard of each process. Only fsdp2 reads it, on any number "
-            f"of processes: add `-c configs/strategy/fsdp2.yaml --trainer.devices=1`, or more devices."
-        )
+def _with_checkpoint_io(configured: Any) -> list[Any]:
+    """The Trainer's plugins and, where none of them writes checkpoints, ours."""
+    plugins = list(configured) if isinstance(configured, list) else [configured] if configured is not None else []
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(AtomicCheckpointIO())
+    return plugins
+
+
+@contextmanager
+def redacted_wandb() -> Iterator[None]:
+    """Lets W&B, which writes down its own options and the command line of its process, see both without secrets."""
+    start = wandb.init
+
+    def init(**options: Any) -> Any:
+        shown: dict[str, Any] = {k: redacted(v) if isinstance(v, str | list) else v for k, v in options.items()}
+        with secrets_off_the_command_line():
+            return start(**shown)
+
+    wandb.init = init  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        wandb.init = start
 
 
 def _loggers(trainer: Namespace) -> list[Any]:

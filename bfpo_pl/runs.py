@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import secrets
-import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from bfpo_pl.component import UserError
+from bfpo_pl.redaction import redacted_command
 
 RUN_VARIABLE = "BFPO_RUN_DIR"
 """Hands the launching process's run folder down to the processes that it starts, as ``<its id>:<folder>``."""
@@ -32,8 +34,6 @@ PACKAGES = (
     "numpy",
 )
 
-_SECRET = re.compile(r"(^|[_.\-])(token|api_?key|secret|password)$", re.IGNORECASE)
-
 
 def new_run_folder(root: str | Path, experiment: str) -> Path:
     """Path of a new run: ``<root>/<experiment>/<time>-<id>``. Processes that Lightning starts get the run's own.
@@ -44,12 +44,41 @@ def new_run_folder(root: str | Path, experiment: str) -> Path:
         root: Folder of all runs.
         experiment: Name of the experiment.
     """
-    launcher, _, inherited = os.environ.get(RUN_VARIABLE, "").partition(":")
-    if inherited and launcher == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0":
-        return Path(inherited)
-    folder = Path(root) / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    os.environ[RUN_VARIABLE] = f"{os.getpid()}:{folder.absolute()}"
+    if started_by_another():
+        return Path(os.environ[RUN_VARIABLE].partition(":")[2])
+    return hand_down(Path(root) / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+
+
+def hand_down(folder: Path) -> Path:
+    """Makes a run's folder known to the processes that this one starts; returns it as an absolute path."""
+    if not started_by_another():
+        os.environ[RUN_VARIABLE] = f"{os.getpid()}:{folder.absolute()}"
     return folder.absolute()
+
+
+def started_by_another() -> bool:
+    """Whether this process is one that another process of the same command started (Lightning's launcher)."""
+    launcher, _, inherited = os.environ.get(RUN_VARIABLE, "").partition(":")
+    return bool(inherited) and launcher == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def check_writable(root: Path) -> None:
+    """Fails before any weight loads if runs cannot be recorded.
+
+    Args:
+        root: Folder of all runs; it is made.
+
+    Raises:
+        UserError: It cannot be made or written.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--runs={root}: a run cannot be recorded there ({error.strerror}). Name a folder that can be written."
+        ) from error
 
 
 def environment() -> dict[str, Any]:
@@ -79,29 +108,6 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def redacted(config: Any) -> Any:
-    """A copy of a nested config in which the values of keys that name a secret are replaced by ``<redacted>``."""
-    if isinstance(config, dict):
-        return {
-            key: "<redacted>" if value is not None and _SECRET.search(str(key)) else redacted(value)
-            for key, value in config.items()
-        }
-    return [redacted(item) for item in config] if isinstance(config, list) else config
-
-
-def redacted_command(arguments: list[str]) -> str:
-    """A command line as one would type it, with the values of options that name a secret replaced."""
-    shown, hide_next = [], False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        if hide_next:
-            argument, hide_next = "<redacted>", False
-        elif name.startswith("--") and _SECRET.search(name):
-            argument, hide_next = f"{name}{equals}" + ("<redacted>" if equals else ""), not equals
-        shown.append(shlex.quote(argument) if argument != "<redacted>" else argument)
-    return " ".join(shown)
 
 
 def _version(name: str) -> str | None:

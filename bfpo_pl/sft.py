@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
@@ -56,7 +56,7 @@ class SFTModule(ResponseModule):
             max_nonfinite_steps=max_nonfinite_steps,
         )
         self._head_checked = False
-        self._train_metrics: TokenMetrics | None
+        self._train_metrics: Any
         self._val_metrics: TokenMetrics | None
 
     def setup(self, stage: str) -> None:
@@ -82,13 +82,13 @@ class SFTModule(ResponseModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         if not self._head_checked:
-            self.check_network()
+            self.check_network(batch.tokens.device)
             self._head_checked = True
         loss, nll = self.objective(batch)
         self.guard.watch(loss, batch.origins)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if self._train_metrics is None:
-            self._train_metrics = TokenMetrics(batch.streams).to(self.device)
+            self._train_metrics = self.going_on(TokenMetrics(batch.streams))
         self._train_metrics.update(batch, nll)
         return loss
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
-from lightning.pytorch.strategies import ModelParallelStrategy
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, distributed
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecision, OffloadPolicy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from bfpo_pl.checkpoints.sharded import AtomicSharded
+from bfpo_pl.models.sharding import transformer_blocks
 
 
-class FSDP2(ModelParallelStrategy):
+class FSDP2(AtomicSharded):
     """Lightning's `ModelParallelStrategy` with every process data-parallel, whatever their number.
 
     Lightning's own defaults make all devices of a machine tensor-parallel, so that they would see the same rows; and
@@ -18,13 +25,16 @@ class FSDP2(ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: Each process saves its shard into a folder; otherwise the whole checkpoint is
             gathered and saved to one file.
-        process_group_backend: Backend of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
+        cpu_offload: Keeps shards of weights, gradients and optimizer states in the host's memory; a block's weights are
+            on the device while it computes. The optimizer's step runs on the CPU.
+        process_group_backend: Backend of torch.distributed. Default: nccl on GPUs, gloo on CPUs; with offload both.
         timeout_minutes: Time after which a process that waits for the others gives up.
     """
 
     def __init__(
         self,
         save_distributed_checkpoint: bool = True,
+        cpu_offload: bool = False,
         process_group_backend: str | None = None,
         timeout_minutes: float = 30.0,
     ) -> None:
@@ -34,13 +44,90 @@ class FSDP2(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timedelta(minutes=timeout_minutes),
         )
+        self.cpu_offload = cpu_offload
+
+    @property
+    def offload_policy(self) -> OffloadPolicy:
+        """What FSDP2 keeps on the CPU."""
+        pinned = self.root_device.type == "cuda"
+        return CPUOffloadPolicy(pin_memory=pinned) if self.cpu_offload else OffloadPolicy()
+
+    @property
+    def shard_device(self) -> torch.device:
+        """Where each process keeps its shards."""
+        return torch.device("cpu") if self.cpu_offload else self.root_device
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        with warnings.catch_warnings():
-            # last.ckpt is meant to be overwritten
-            warnings.filterwarnings("ignore", "Detected an existing checkpoint")
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        # Norms of gradients that lie on the CPU are summed over processes there.
+        return "cpu:gloo,cuda:nccl" if self.cpu_offload and backend == "nccl" else backend
+
+    def model_to_device(self) -> None:
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        module = self.lightning_module
+        assert module is not None
+        for child in module.children():
+            if not isinstance(child, FSDPModule):  # whose buffers are on the device already
+                child.to(self.root_device)
+        module._device = self.root_device
+
+
+class FSDP1(FSDPStrategy):
+    """Lightning's `FSDPStrategy` (the older FSDP) with a unit for each transformer block; for clusters that need it.
+
+    It runs on GPUs only and loads the whole model in every process. It shards what trains and nothing else, so that a
+    second network would be whole on every GPU: the reference is an adapter switched off, or was computed beforehand.
+    `FSDP2` has none of these limits.
+
+    Args:
+        sharding_strategy: What is sharded: FULL_SHARD weights, gradients and optimizer states; SHARD_GRAD_OP gradients
+            and optimizer states; HYBRID_SHARD all of them within a machine, replicated over machines.
+        state_dict_type: full gathers a checkpoint into one file, sharded saves a folder with a file of each process.
+        cpu_offload: Keeps shards in the host's memory.
+        timeout_minutes: Time after which a process that waits for the others gives up.
+    """
+
+    def __init__(
+        self,
+        sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"] = "FULL_SHARD",
+        state_dict_type: Literal["full", "sharded"] = "full",
+        cpu_offload: bool = False,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        super().__init__(
+            sharding_strategy=sharding_strategy,
+            state_dict_type=state_dict_type,
+            cpu_offload=cpu_offload,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+
+    @property
+    def mixed_precision_config(self) -> MixedPrecision | None:
+        """Lightning's, with gradients reduced in float32 and buffers left alone: rotary frequencies must not round."""
+        config = super().mixed_precision_config
+        if config is None:
+            return None
+        return MixedPrecision(param_dtype=config.param_dtype, reduce_dtype=torch.float32, buffer_dtype=None)
+
+    def setup(self, trainer: Trainer) -> None:
+        policy = getattr(self.lightning_module, "policy", None)
+        if policy is not None:
+            self.kwargs["auto_wrap_policy"] = ModuleWrapPolicy({type(block) for block in transformer_blocks(policy)})
+        super().setup(trainer)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the module outside a step, with weights gathered as in one."""
+        module = self.lightning_module
+        return self._forward_redirection(self.model, module, method, *arguments)  # type: ignore[arg-type]
+
+    def norm_over_shards(self, norm: Tensor) -> Tensor:
+        """The norm of gradients of which each process has a shard, from that of its own shard."""
+        squared = norm.to(self.root_device).square()
+        distributed.all_reduce(squared, group=self.model.process_group)  # type: ignore[union-attr]
+        return squared.sqrt()

@@ -21,16 +21,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bfpo_pl.batch import PairBatch, Window
 from bfpo_pl.component import RunError, UserError, check_range
 from bfpo_pl.data.loading import rank_and_world
-from bfpo_pl.guard import UpdateGuard
+from bfpo_pl.guard import Stopped, UpdateGuard
 from bfpo_pl.models.attention import AttentionBackend, Auto
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.checkpointing import Checkpointing, check_checkpointing, checkpoint_activations
+from bfpo_pl.models.loading import load_in_shards
 from bfpo_pl.models.log_probs import METHODS, bind_log_probs
 from bfpo_pl.models.sharding import shard
 from bfpo_pl.models.sources import ModelSource
 from bfpo_pl.models.trainable import Everything, TrainablePart, parameter_counts
 from bfpo_pl.optimizers import clip_before_the_step, warn_of_lost_updates
 from bfpo_pl.schedules import Schedule, WarmupCosine
+
+STATE = "bfpo_pl"
+"""Key of the module's own state in a checkpoint."""
 
 
 class HeadMismatchError(RunError):
@@ -74,6 +78,7 @@ class ResponseModule(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._float_buffers: dict[str, Tensor] = {}
         self.guard = UpdateGuard(int(check_range(self, "max_nonfinite_steps", max_nonfinite_steps, 0)))
+        self._unlogged: dict[str, Tensor] | None = None
         self._train_metrics: Metric | None = None
         self._val_metrics: Metric | None = None
 
@@ -93,6 +98,7 @@ class ResponseModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         self._keep_batches_whole()
+        self.source.check_training(self.trainable, str(self.trainer.precision))
         self.source.check()
 
     def _keep_batches_whole(self) -> None:
@@ -104,15 +110,16 @@ class ResponseModule(LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        policy = self.source.load_model()
+        policy = self.load(self.source, self._prepare_policy)
+        self._float_buffers = float_buffers(policy)
+        policy.train()  # from_pretrained leaves eval mode, and Lightning keeps what it finds
+        self.policy = policy
+
+    def _prepare_policy(self, policy: PreTrainedModel) -> None:
         self.trainable.apply(policy)
         checkpoint_activations(policy, self.activation_checkpointing)
         trained, total = parameter_counts(policy)
         rank_zero_info(f"Policy {self.source}: {trained:,} of {total:,} parameters train ({trained / total:.1%}).")
-        self.place(policy)
-        self._float_buffers = float_buffers(policy)
-        policy.train()  # from_pretrained leaves eval mode, and Lightning keeps what it finds
-        self.policy = policy
 
     def on_fit_start(self) -> None:
         self._after_cast()
@@ -125,12 +132,31 @@ class ResponseModule(LightningModule):
         assert self.policy is not None
         restore_buffers(self.policy, self._float_buffers, self.device)
 
-    def place(self, model: PreTrainedModel) -> None:
-        """Binds the log-prob method to a network and, under a sharding strategy, shards it."""
-        bind_log_probs(model, self.attention, self.logp_reduction, self.chunk_size)
+    def load(self, source: ModelSource, prepare: Callable[[PreTrainedModel], None]) -> PreTrainedModel:
+        """A source's network with its weights and log-prob methods; under a sharding strategy, loaded in shards.
+
+        Args:
+            source: Where it comes from.
+            prepare: Changes it before it is sharded: what trains, further modules.
+        """
         mesh = self.device_mesh
         if mesh is not None:
-            shard(model, mesh, METHODS, str(self.trainer.precision))
+            strategy = self.trainer.strategy
+            device = getattr(strategy, "shard_device", strategy.root_device)
+            return load_in_shards(source, prepare, self._shard, device)
+        model = source.load_model()
+        prepare(model)
+        self._bind(model)
+        return model
+
+    def _bind(self, model: PreTrainedModel) -> None:
+        bind_log_probs(model, self.attention, self.logp_reduction, self.chunk_size)
+
+    def _shard(self, model: PreTrainedModel) -> None:
+        assert self.device_mesh is not None
+        self._bind(model)
+        offload = getattr(self.trainer.strategy, "offload_policy", None)
+        shard(model, self.device_mesh, METHODS, str(self.trainer.precision), offload)
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
@@ -188,14 +214,17 @@ class ResponseModule(LightningModule):
             )
         return self.mean_over_ranks(count(window)) / window.size
 
-    def check_network(self) -> None:
+    def check_network(self, device: torch.device) -> None:
         """Compares the head's logits and the attention with the model's own on a few tokens, once.
+
+        Args:
+            device: Where the policy computes.
 
         Raises:
             HeadMismatchError: The logits differ by more than rounding.
             AttentionMismatchError: The hidden states do.
         """
-        discrepancy = self.policy.head_discrepancy().item()  # type: ignore[union-attr,operator]
+        discrepancy = self.policy.head_discrepancy(device).item()  # type: ignore[union-attr,operator]
         exact = self.policy.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled()  # type: ignore[union-attr]
         tolerance = 1e-3 if exact else 0.05
         name = type(self.policy).__name__
@@ -204,7 +233,7 @@ class ResponseModule(LightningModule):
                 f"{name} changes its logits after the output head in a way that bfpo_pl does not "
                 f"know (relative difference {discrepancy:.2g}). Its log-probs would be wrong, so the run stops."
             )
-        discrepancy = self.policy.attention_discrepancy().item()  # type: ignore[union-attr,operator]
+        discrepancy = self.policy.attention_discrepancy(device).item()  # type: ignore[union-attr,operator]
         if not discrepancy <= (1e-3 if exact else 0.1):
             raise AttentionMismatchError(
                 f"{name} attends in a way that {self.attention} does not know (relative difference "
@@ -227,7 +256,8 @@ class ResponseModule(LightningModule):
         """
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self.guard.decide(named, self.trainer.global_step, self.mean_over_ranks, check_gradients=not scaled)
+        over_shards = getattr(self.trainer.strategy, "norm_over_shards", None)
+        self.guard.decide(named, self.trainer.global_step, self.mean_over_ranks, not scaled, over_shards)
 
     def configure_gradient_clipping(
         self,
@@ -244,8 +274,42 @@ class ResponseModule(LightningModule):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.guard.norm)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the count of skipped steps, and each process's sums of the metrics that are not logged yet."""
+        metric = self._train_metrics
+        logged = metric is None or self.should_log()  # they will be, and reset, right after a save on a step's end
+        own = (
+            None
+            if metric is None or logged
+            else {k: v.cpu() for k, v in metric.metric_state.items() if isinstance(v, Tensor)}
+        )
+        everyones: list[Any] = [own]
+        if self.trainer.world_size > 1:
+            everyones = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everyones, own)
+        checkpoint[STATE] = {"skipped_steps": self.guard.skipped, "train_metrics": everyones}
+
+    def _restore_state(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get(STATE, {})
+        self.guard.skipped = int(state.get("skipped_steps", 0))
+        saved = state.get("train_metrics", [])
+        if len(saved) == self.trainer.world_size:
+            self._unlogged = saved[self.trainer.global_rank]
+        elif self.trainer.is_global_zero:  # of another number of processes: their sum is what will be logged
+            known = [each for each in saved if each]
+            self._unlogged = {name: sum(each[name] for each in known) for name in known[0]} if known else None
+
+    def going_on(self, metric: Metric) -> Metric:
+        """A new training metric, on the module's device, with what a checkpoint had not logged of it."""
+        metric = metric.to(self.device)
+        saved, self._unlogged = self._unlogged, None
+        for name, value in (saved or {}).items():
+            setattr(metric, name, value.to(self.device))
+        metric._update_count += bool(saved)
+        return metric
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compares a checkpoint's weights with the policy's before they load.
+        """Compares a checkpoint's weights with the policy's before they load, and takes over the state of its metrics.
 
         Raises:
             UserError: They are another model's; the message names the first that differs.
@@ -255,6 +319,7 @@ class ResponseModule(LightningModule):
             raise UserError(
                 f"The checkpoint is at step {step} and trainer.max_steps is {last}: nothing is left to train. Raise it."
             )
+        self._restore_state(checkpoint)
         own = self.state_dict()
         saved = checkpoint.get("state_dict", {})
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
@@ -282,6 +347,8 @@ class ResponseModule(LightningModule):
             self.log_train(self._train_metrics)
             if self.guard.skipped:
                 self.write({"train/skipped_steps": float(self.guard.skipped)})
+        if self.guard.agreed:  # checkpoints are saved before this hook, by callbacks
+            raise Stopped(self.guard.agreed, self.trainer.global_step)
 
     def on_validation_epoch_end(self) -> None:
         if self._val_metrics is not None:

@@ -80,7 +80,9 @@ OTHERS = [path for folder in ("model", "data", "reference", "logger", "strategy"
 
 
 @pytest.mark.parametrize("path", [path for path in OTHERS if path not in SFT_DATA])
-def test_every_other_file_stacks_on_an_experiment(path, base, in_repository, tmp_path):
+def test_every_other_file_stacks_on_an_experiment(path, base, in_repository, tmp_path, monkeypatch):
+    if path.endswith("fsdp1.yaml"):
+        monkeypatch.setattr("bfpo_pl.parsing.check_devices", lambda *arguments: None)  # it asks for a GPU
     before = ["-c", "configs/model/lora.yaml"] if path.endswith("adapter_off.yaml") else []
     run = parsed(*base, *before, "-c", path, f"--runs={tmp_path}", "--trainer.accelerator=cpu", "--trainer.devices=1")
     wanted = yaml.safe_load(Path(path).read_text())

@@ -155,6 +155,7 @@ def test_the_export_of_sft_is_the_next_runs_policy(tmp_path):
 def test_an_older_export_is_replaced(tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "stale.safetensors").write_text("old")
+    (tmp_path / "export" / "config.json").write_text("{}")
     (tmp_path / "export.part").mkdir()
     (tmp_path / "export.part" / "half.txt").write_text("left behind")
     folder = fit(preference(tiny()), tmp_path)

@@ -179,7 +179,8 @@ BAD = [
 
 
 @pytest.mark.parametrize("on_bad_row", ["fail", "drop"])
-def test_inspect_goes_on_after_bad_rows(bfpo, model, pairs, capsys, on_bad_row):
+def test_inspect_goes_on_after_bad_rows(bfpo, model, pairs, capsys, monkeypatch, on_bad_row):
+    monkeypatch.setenv("COLUMNS", "400")  # no line break within a path
     bfpo("data", "inspect", *JSONL, *BFPO, *model["<|im_end|>"], pairs(BAD), f"--data.on_bad_row={on_bad_row}")
     text = said(capsys.readouterr().out)
     assert "rows 22 used of 30 in the source" in text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 
-from bfpo_pl.runs import git_revision, new_run_folder, redacted, redacted_command
+from bfpo_pl.redaction import redacted, redacted_command
+from bfpo_pl.runs import git_revision, new_run_folder
 
 
 def test_every_run_has_a_folder_of_its_own(tmp_path):

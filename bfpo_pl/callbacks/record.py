@@ -1,4 +1,4 @@
-"""Writes what a run was into its folder, and to W&B."""
+"""Writes what a run was, and what became of it, into its folder and to W&B."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from bfpo_pl.runs import environment, redacted
+from bfpo_pl.component import UserError
+from bfpo_pl.guard import Stopped
+from bfpo_pl.loggers import MetricsFile
+from bfpo_pl.redaction import redacted, redacted_text
+from bfpo_pl.resuming import FAILED, FINISHED, RUNNING, STOPPED, read_status, write_status
+from bfpo_pl.runs import environment
 
 
 class RunRecord(Callback):
-    """Writes ``config.yaml``, ``environment.json`` and ``data.json`` into the run's folder before the first step.
+    """Writes ``config.yaml``, ``environment.json``, ``data.json`` and ``status.json`` into the run's folder.
+
+    The folder is locked while a process runs in it. A run that goes on in its folder keeps what is recorded there up to
+    the step it goes on from.
 
     Args:
         folder: The run's folder, as this process sees it; rank 0's is everybody's.
@@ -29,30 +39,97 @@ class RunRecord(Callback):
         self.config = redacted(config)
         self.subcommand = subcommand
         self.notes = notes
+        self._lock: FileLock | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
         trainer._default_root_dir = str(self.folder)  # type: ignore[attr-defined]
-        if not trainer.is_global_zero:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._agree_on_checkpoint(trainer)
+        mistake = self._begin(trainer) if trainer.is_global_zero else None
+        if mistake := trainer.strategy.broadcast(mistake):
+            raise UserError(mistake)
+        rank_zero_info(f"Run folder: {self.folder}")
+
+    @staticmethod
+    def _agree_on_checkpoint(trainer: Trainer) -> None:
+        """Every process has looked for the run to go on with by itself; on machines of their own they may differ."""
+        mine = str(trainer.ckpt_path)
+        first = trainer.strategy.broadcast(mine)
+        if not trainer.strategy.reduce_boolean_decision(first == mine, all=True):
+            raise UserError(
+                f"Process {trainer.global_rank} would go on from checkpoint {mine} and process 0 from {first}: --runs "
+                f"must lie on a file system that all machines see."
+            )
+
+    def _begin(self, trainer: Trainer) -> str | None:
+        """Takes the folder and writes the records; says why if that cannot be."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / "run.lock", timeout=0)
+            self._lock.acquire()
+        except Timeout:
+            status = read_status(self.folder) or {}
+            return (
+                f"The run {self.folder} is still running: process {status.get('process')} on {status.get('host')}. "
+                f"Stop it first, or start another one without --resume."
+            )
+        except OSError as error:
+            return f"The run folder {self.folder} cannot be written: {error.strerror or error}."
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120)
         (self.folder / "config.yaml").write_text(f"# bfpo {self.subcommand}\n{text}", encoding="utf-8")
         record = environment() | {"subcommand": self.subcommand, **self.notes}
-        (self.folder / "environment.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        self._write_environment(record)
         self._write_data(trainer)
+        more: dict[str, Any] = {"step": trainer.global_step, "reason": None}
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(self.config | {"environment": record}, allow_val_change=True)
-        rank_zero_info(f"Run folder: {self.folder}")
+                more["wandb_id"] = logger.experiment.id
+        write_status(self.folder, RUNNING, **more)
+        return None
+
+    def _write_environment(self, record: dict[str, Any]) -> None:
+        """The first start's record, with those of later starts in the same folder as a list in it."""
+        path = self.folder / "environment.json"
+        if path.is_file():
+            first = json.loads(path.read_text(encoding="utf-8"))
+            record = {**first, "resumed": [*first.get("resumed", []), record]}
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets what was recorded after the step that the run goes on from."""
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsFile):
+                    logger.forget_after(trainer.global_step)
+            _keep_samples(self.folder / "samples.jsonl", trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_data(trainer)  # streaming sources count as they are read
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._write_data(trainer)
+        if trainer.is_global_zero and self._lock is not None and self._lock.is_locked:
+            stopped = isinstance(exception, Stopped | KeyboardInterrupt | SIGTERMException)
+            reason = redacted_text(str(exception)) or type(exception).__name__
+            write_status(self.folder, STOPPED if stopped else FAILED, step=trainer.global_step, reason=reason)
+            self._lock.release()
+
+    def finish(self, trainer: Trainer) -> None:
+        """Marks the run as finished: all that it leaves is there."""
+        if trainer.is_global_zero and self._lock is not None:
+            write_status(self.folder, FINISHED, step=trainer.global_step)
+            self._lock.release()
 
     def _write_data(self, trainer: Trainer) -> None:
         report = getattr(getattr(trainer, "datamodule", None), "report", None)
         if report and trainer.is_global_zero and self.folder.is_dir():
             (self.folder / "data.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _keep_samples(path: Path, step: int) -> None:
+    """Leaves out samples of later steps, which are generated again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")

@@ -70,7 +70,7 @@ def run_data(args: list[str], plugins: list[Plugin]) -> DataCLI | None:
     if args[0] not in ("inspect", "show"):
         raise UserError(f"bfpo data: there is no command '{args[0]}'.\n{USAGE}")
     options, rest = _options(args[0], args[1:])
-    with _quiet():
+    with quiet():
         cli = DataCLI(rest, plugins)
         labeling = getattr(cli.model, "labeling", None)
         if args[0] == "show":
@@ -94,7 +94,7 @@ def _options(command: str, args: list[str]) -> tuple[argparse.Namespace, list[st
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps back the lines that training prints of its data: the report says the same."""
     loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
     before = [(logger, logger.level) for logger in loggers]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.component import Component, RunError
+from bfpo_pl.models.device_type import device_type
 from bfpo_pl.models.packed_rows import no_packed_rows
 from bfpo_pl.models.segment_attention import PackedSegments, SegmentLoop, device_obstacle
 from bfpo_pl.models.tree_attention import NAME, TreeLayout, TreeRows, tree_obstacle
@@ -125,7 +126,7 @@ class Segments(TreeBackend):
     """
 
     def layout(self, batch: PairBatch) -> TreeLayout:
-        device = batch.tokens.device.type
+        device = device_type(batch.tokens.device)
         if device != "cpu":
             _say_once(f"Attention: Unfold, since Segments is for the CPU, not for {device}.")
             return TreeRows(batch)
@@ -175,7 +176,7 @@ class Auto(AttentionBackend):
     def routes(self, device: torch.device) -> tuple[AttentionBackend, ...]:
         if device_obstacle(device) is None:
             return (self._varlen,)
-        return (self._unfold, self._segments) if device.type == "cpu" else (self._unfold,)
+        return (self._unfold, self._segments) if device_type(device) == "cpu" else (self._unfold,)
 
     def choice(self, batch: PairBatch) -> AttentionBackend:
         """The backend for a batch, by its device and sizes."""
@@ -184,7 +185,7 @@ class Auto(AttentionBackend):
             return self._varlen
         if len(batch.tokens) > self.LARGEST_SHARE * len(batch) * batch.max_length:
             return self._padded
-        if device.type == "cpu" and len(batch.tokens) >= self.FEWEST_TOKENS * len(batch):
+        if device_type(device) == "cpu" and len(batch.tokens) >= self.FEWEST_TOKENS * len(batch):
             return self._segments
         return self._unfold
 

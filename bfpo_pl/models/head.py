@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from bfpo_pl.models.device_type import device_type
+
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 
 
@@ -141,7 +143,7 @@ def _scored(logits: Tensor, targets: Tensor, transform: LogitTransform, differen
     """
     values = []
     # Few rows at a time: what is in float32 besides the logits stays small, and on a CPU in its cache.
-    rows = max(1, _BLOCK[logits.device.type == "cpu"] // logits.shape[1])
+    rows = max(1, _BLOCK[device_type(logits.device) == "cpu"] // logits.shape[1])
     for block, chosen in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
         wide = block.to(torch.promote_types(block.dtype, torch.float32))
         wide = transform(wide)

@@ -67,8 +67,8 @@ def bind_log_probs(
     """Gives a network the methods ``METHODS``, in place: a sharded root gathers its parameters only in its own methods.
 
     ``response_log_probs(batch)`` is :func:`response_log_probs` with these settings, ``response_log_probs(batch,
-    reduction)`` with another reduction; ``head_discrepancy()`` and ``attention_discrepancy()`` are the functions of
-    those names. The attention backend prepares the network.
+    reduction)`` with another reduction; ``head_discrepancy(device)`` and ``attention_discrepancy(device)`` are
+    the functions of those names. The attention backend prepares the network.
 
     Raises:
         UserError: The network has no part below its output head where transformers says it is.
@@ -85,8 +85,8 @@ def bind_log_probs(
     def log_probs(self: PreTrainedModel, batch: PairBatch, reduction: Literal["sum", "mean"] = reduction) -> Tensor:
         return response_log_probs(self, batch, attention, reduction, chunk_size)
 
-    def discrepancy(self: PreTrainedModel) -> Tensor:
-        return attention_discrepancy(self, attention)
+    def discrepancy(self: PreTrainedModel, device: torch.device) -> Tensor:
+        return attention_discrepancy(self, device, attention)
 
     model.response_log_probs = MethodType(log_probs, model)  # type: ignore[assignment]
     model.head_discrepancy = MethodType(head_discrepancy, model)  # type: ignore[assignment]
@@ -94,12 +94,16 @@ def bind_log_probs(
 
 
 @torch.no_grad()
-def head_discrepancy(model: PreTrainedModel) -> Tensor:
+def head_discrepancy(model: PreTrainedModel, device: torch.device) -> Tensor:
     """Largest difference between the model's own logits and `head_logits` on a few tokens, relative to their spread.
 
     Anything but rounding means that the model does something to its logits that `head_logits` does not know.
+
+    Args:
+        model: A causal language model.
+        device: Where it computes; weights that are offloaded are elsewhere.
     """
-    tokens = _distinct_tokens(model, 8)[None]
+    tokens = torch.tensor([_distinct_tokens(model, 8)], device=device)
     training = model.training
     model.eval()  # two passes are compared, which active dropout would tell apart
     try:
@@ -112,7 +116,7 @@ def head_discrepancy(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def attention_discrepancy(model: PreTrainedModel, attention: AttentionBackend) -> Tensor:
+def attention_discrepancy(model: PreTrainedModel, device: torch.device, attention: AttentionBackend) -> Tensor:
     """Difference of the final hidden states under an attention backend from those of plain rows, relative to them.
 
     Anything but rounding means that the network attends in a way that the backend does not know, so that responses may
@@ -121,22 +125,24 @@ def attention_discrepancy(model: PreTrainedModel, attention: AttentionBackend) -
 
     Args:
         model: A causal language model.
+        device: Where it computes.
         attention: The attention backend, with the network prepared for it.
     """
-    batch = _two_trees(model)
+    batch = _two_trees(model).to(device)
     training = model.training
     model.eval()
     try:
         plain = Padded().predicting_states(model.base_model, batch).double()
-        routes = [route.predicting_states(model.base_model, batch).double() for route in attention.routes(model.device)]
+        routes = [route.predicting_states(model.base_model, batch).double() for route in attention.routes(device)]
     finally:
         model.train(training)
     return torch.stack([(states - plain).norm() for states in routes]).max() / plain.norm()
 
 
-def _distinct_tokens(model: PreTrainedModel, count: int) -> Tensor:
-    """``[count]`` int64, the same for all ranks and batches: among equal tokens it would not show who sees whom."""
-    return torch.arange(1, count + 1, device=model.device) * model.config.get_text_config().vocab_size // (count + 1)
+def _distinct_tokens(model: PreTrainedModel, count: int) -> list[int]:
+    """Token ids, the same for all ranks and batches: among equal ones it would not show who sees whom."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return [place * vocabulary // (count + 1) for place in range(1, count + 1)]
 
 
 def _two_trees(model: PreTrainedModel) -> PairBatch:
@@ -144,6 +150,6 @@ def _two_trees(model: PreTrainedModel) -> PairBatch:
 
     No response has a single token: nothing is predicted at it, so it could see what it would.
     """
-    ids = _distinct_tokens(model, 17).tolist()
+    ids = _distinct_tokens(model, 17)
     trees = [PairTree(ids[:3], [ids[3:5], ids[5:8], ids[8:10]]), PairTree(ids[10:12], [ids[12:15], ids[15:]])]
-    return collate([(0, tree) for tree in trees], ["check"], [1.0]).to(model.device)
+    return collate([(0, tree) for tree in trees], ["check"], [1.0])

@@ -25,7 +25,7 @@ from bfpo_pl.data.packing import Trees
 from bfpo_pl.data.progress import telling
 from bfpo_pl.data.trees import PairTree
 from bfpo_pl.models.log_prob_store import LogProbStore, batch_keys, tree_keys
-from bfpo_pl.models.reference import FrozenCopy, OtherNetwork, RunContext, frozen, has_adapter
+from bfpo_pl.models.reference import FrozenCopy, Loader, OtherNetwork, RunContext, frozen, has_adapter
 from bfpo_pl.models.rotary import length_of_other_angles
 from bfpo_pl.models.sources import ModelSource
 
@@ -81,7 +81,7 @@ class Precomputed(OtherNetwork):
     def __repr__(self) -> str:
         return f"Precomputed(source={self.source!r}, batch_tokens={self.batch_tokens}, verify={self.verify})"
 
-    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
         return None
 
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
@@ -212,11 +212,10 @@ class Precomputed(OtherNetwork):
         """What gives log-probs under the reference, summed over tokens."""
         if self.source is None and self._policy_has_it(run):
             with frozen(run.policy):
-                policy: Any = run.policy
-                yield partial(policy.response_log_probs, reduction="sum")
+                yield run.log_probs
             return
         copy = FrozenCopy(self.source)
-        copy.prepare(run.policy, run.source, run.place)
+        copy.prepare(run.policy, run.source, run.load)
         copy.to(run.strategy.root_device, run.policy.dtype)
         network: Any = copy.network
         del copy

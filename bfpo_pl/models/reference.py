@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -27,6 +27,10 @@ from bfpo_pl.data.packing import Trees
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.sources import ModelSource
 
+Loader = Callable[[ModelSource, Callable[[PreTrainedModel], None]], PreTrainedModel]
+"""Gives a source's network: loaded, prepared by the second argument, with log-prob methods, sharded as the policy is.
+"""
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -38,7 +42,8 @@ class RunContext:
         policy: The policy, where it trains.
         policy_is_start: Whether its weights are those of its source.
         source: Where the policy came from.
-        place: Binds the log-prob methods to a network and shards it as the policy is.
+        log_probs: Log-probs of a batch's responses under the policy, summed over tokens; for use outside a step.
+        load: Loads a network, in the place and way of the policy; see `Loader`.
         strategy: Lightning's, for devices, precision and the other processes.
         reduction: Over the tokens of a response.
     """
@@ -48,7 +53,8 @@ class RunContext:
     policy: PreTrainedModel
     policy_is_start: bool
     source: ModelSource
-    place: Callable[[PreTrainedModel], None]
+    log_probs: Callable[[PairBatch], Tensor]
+    load: Loader
     strategy: Strategy
     reduction: Literal["sum", "mean"]
 
@@ -90,14 +96,17 @@ class Reference(Component, ABC):
     def check(self) -> None:
         """Fails early, before any weight loads, if the reference cannot be had."""
 
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Fails early, before any weight loads, if the reference cannot be had under a strategy."""
+
     @abstractmethod
-    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
         """Gets ready, once, when the policy has been built and not yet changed.
 
         Args:
             policy: The policy with its trainable part applied.
             source: Where the policy came from.
-            place: Binds the log-prob method to a network and shards it as the policy is.
+            load: Loads a further network, in the place and way of the policy.
         """
 
     def fill(self, name: str, context: Callable[[], RunContext]) -> None:
@@ -181,17 +190,16 @@ class FrozenCopy(OtherNetwork):
         super().__init__(source)
         self._network: PreTrainedModel | None = None
 
+    def check_strategy(self, strategy: Strategy) -> None:
+        _refuse_fsdp1(self, strategy, "a second network, which it would not shard: every GPU would hold it whole")
+
     @property
     def network(self) -> PreTrainedModel | None:
         """The network, once it is prepared."""
         return self._network
 
-    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
-        network = (self.source or source).load_model()
-        network.requires_grad_(False)
-        network.eval()
-        place(network)
-        self._network = network
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
+        self._network = load(self.source or source, _freeze)
 
     @torch.no_grad()
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:
@@ -200,8 +208,24 @@ class FrozenCopy(OtherNetwork):
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         if self._network is not None and (self._network.device, self._network.dtype) != (device, dtype):
             saved = float_buffers(self._network)
-            self._network.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # decorated beyond mypy
+            # Sharded weights are in their place, which may be the CPU.
+            where = self._network.device if isinstance(self._network, FSDPModule) else device
+            self._network.to(device=where, dtype=dtype)  # type: ignore[call-arg]  # decorated beyond mypy
             restore_buffers(self._network, saved, device)
+
+
+def _refuse_fsdp1(reference: Reference, strategy: Strategy, what: str) -> None:
+    if isinstance(strategy, FSDPStrategy):
+        raise UserError(
+            f"{type(reference).__name__} under FSDP1 would be {what}. Compute the reference's log-probs beforehand "
+            f"(`-c configs/reference/precomputed.yaml`), or train an adapter and switch it off (`-c configs/model/"
+            f"lora.yaml`), or use `-c configs/strategy/fsdp2.yaml`."
+        )
+
+
+def _freeze(network: PreTrainedModel) -> None:
+    network.requires_grad_(False)
+    network.eval()
 
 
 class AdapterOff(Reference):
@@ -209,7 +233,7 @@ class AdapterOff(Reference):
 
     starts_as_policy = True
 
-    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
         if not has_adapter(policy):
             raise UserError("AdapterOff: the policy has no adapter. Set model.trainable to LoRA, or use FrozenCopy.")
 
@@ -232,7 +256,10 @@ class SharedWeights(Reference):
     def __init__(self) -> None:
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
 
-    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+    def check_strategy(self, strategy: Strategy) -> None:
+        _refuse_fsdp1(self, strategy, "an exchange of weights, which it keeps in a form of its own")
+
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
         if has_adapter(policy):
             raise UserError("SharedWeights: the policy has an adapter. Set model.reference to AdapterOff.")
         # Now, before a checkpoint is restored: the reference is the start, not the place to go on from.
@@ -280,7 +307,7 @@ class FromColumn(Reference):
         self.column = column
         self.columns = (f"chosen_{column}", f"rejected_{column}")
 
-    def prepare(self, policy: PreTrainedModel, source: ModelSource, place: Callable[[PreTrainedModel], None]) -> None:
+    def prepare(self, policy: PreTrainedModel, source: ModelSource, load: Loader) -> None:
         return None
 
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 from bfpo_pl.batch import PairBatch
+from bfpo_pl.models.device_type import device_type, is_planned
 from bfpo_pl.models.tree_attention import Copies, Scores, TreeLayout, TreeRows, in_compute_dtype, soft_capped
 
 _ARGUMENTS = {"scale", "window_size", "enable_gqa"}
@@ -138,10 +139,12 @@ class PackedSegments(TreeLayout):
 
 def device_obstacle(device: torch.device) -> str | None:
     """Why the kernel for sequences of different lengths cannot run on a device; None if it can."""
-    if device.type != "cuda":
-        return f"its kernel runs on CUDA devices alone, not on {device.type}"
+    if (kind := device_type(device)) != "cuda":
+        return f"its kernel runs on CUDA devices alone, not on {kind}"
     if lacking := _ARGUMENTS - set(inspect.signature(varlen_attn).parameters):
         return f"this torch's kernel lacks {', '.join(sorted(lacking))}, which torch 2.13 has"
+    if is_planned():
+        return None
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"its kernel needs compute capability 8.0, and the device has {major}.{minor}"
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
@@ -31,7 +32,13 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     return blocks
 
 
-def shard(model: PreTrainedModel, mesh: DeviceMesh, methods: tuple[str, ...] = (), precision: str = "32-true") -> None:
+def shard(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    methods: tuple[str, ...] = (),
+    precision: str = "32-true",
+    offload: OffloadPolicy | None = None,
+) -> None:
     """Shards a model's parameters over the data-parallel ranks (FSDP2), in place.
 
     Gradients are reduced in float32 at least. Under ``bf16-mixed`` blocks are gathered in bfloat16: half the traffic,
@@ -43,18 +50,28 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, methods: tuple[str, ...] = (
         mesh: The strategy's mesh, with a dimension ``data_parallel``.
         methods: Names of methods besides ``forward`` that must gather the root's parameters before they run.
         precision: The trainer's precision.
+        offload: What is kept on the CPU. Default: nothing.
     """
     data_parallel = mesh["data_parallel"]
     gathered = torch.bfloat16 if precision == "bf16-mixed" else None
     reduced = torch.float32 if precision in ("bf16-mixed", "bf16-true") else None
     block_policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
+    kept: dict[str, Any] = {"mesh": data_parallel, "offload_policy": offload or OffloadPolicy()}
     for block in transformer_blocks(model):
-        fully_shard(block, mesh=data_parallel, mp_policy=block_policy)
+        fully_shard(block, mp_policy=block_policy, **kept)
         if gathered is not None:
             block.register_forward_pre_hook(_cast_without_autocast, with_kwargs=True)
-    fully_shard(model, mesh=data_parallel, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduced))
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduced), **kept)
     for method in methods:
         register_fsdp_forward_method(model, method)
+
+
+def compute_device(model: PreTrainedModel) -> torch.device:
+    """Where a network computes: where its weights are, unless they are sharded and offloaded to the CPU."""
+    parameter = next(model.parameters())
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
 
 
 def _cast_without_autocast(block: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -40,6 +41,9 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from bfpo_pl.component import Component, UserError, check_range
+from bfpo_pl.models.outline import Outline, WholeOnly
+from bfpo_pl.models.quantization import FourBit
+from bfpo_pl.models.trainable import LoRA, TrainablePart
 from bfpo_pl.models.weights import files_digest, network_digest
 
 
@@ -57,6 +61,21 @@ class ModelSource(Component, ABC):
             ModelSourceError: It cannot; the message says why and what to do.
         """
 
+    def check_training(self, trainable: TrainablePart, precision: str) -> None:
+        """Fails early if the model cannot be trained so.
+
+        Args:
+            trainable: What of it trains.
+            precision: The trainer's precision.
+
+        Raises:
+            UserError: It cannot.
+        """
+
+    def unquantised(self) -> ModelSource:
+        """Where the same model comes from with its weights as they were stored: what an adapter is merged into."""
+        return self
+
     @abstractmethod
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -72,6 +91,28 @@ class ModelSource(Component, ABC):
     @abstractmethod
     def load_model(self) -> PreTrainedModel:
         """A new copy of the model with its weights, on the CPU. Every call gives the same weights."""
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model with its config and generation config, for those who bring other weights; its own may be missing.
+
+        Raises:
+            ModelSourceError: The model cannot be had.
+        """
+        return self.load_model()
+
+    @property
+    def origin(self) -> tuple[str, str | None] | None:
+        """Hub id or folder from which transformers loads this very model, and the revision; None if there is none."""
+        return None
+
+    def outline(self) -> Outline:
+        """The same model without its weights, and the files that hold them, for loading in shards.
+
+        Raises:
+            WholeOnly: It can only be loaded whole; the message says why.
+            ModelSourceError: The model cannot be had.
+        """
+        raise WholeOnly(f"{type(self).__name__} makes its weights itself")
 
     def weights_digest(self, memory: Path) -> str:
         """A text that changes whenever the network that `load_model` gives does. By default it loads the network.
@@ -97,6 +138,7 @@ class HFModel(ModelSource):
         disable_dropout: Sets every dropout probability to 0, in policy and reference, as DPO implementations do.
         tokenizer: Hub id or folder of another tokenizer. Default: the model's own.
         trust_remote_code: Lets the repository run its own Python code on this machine. Off: nothing foreign runs.
+        quantization: Keeps the base weights in fewer bits, for `LoRA`. Default: no.
     """
 
     def __init__(
@@ -108,6 +150,7 @@ class HFModel(ModelSource):
         disable_dropout: bool = True,
         tokenizer: str | None = None,
         trust_remote_code: bool = False,
+        quantization: FourBit | None = None,
     ) -> None:
         self.path = path
         self.revision = revision
@@ -116,9 +159,29 @@ class HFModel(ModelSource):
         self.disable_dropout = disable_dropout
         self.tokenizer = tokenizer
         self.trust_remote_code = trust_remote_code
+        self.quantization = quantization
 
     def check(self) -> None:
+        if self.quantization is not None:
+            self.quantization.check()
         self._load_config()
+
+    def check_training(self, trainable: TrainablePart, precision: str) -> None:
+        if self.quantization is None:
+            return
+        if not isinstance(trainable, LoRA):
+            raise UserError(
+                f"HFModel: {type(trainable).__name__} cannot train weights in four bits. Set model.trainable to LoRA "
+                f"(`-c configs/model/lora_4bit.yaml`), or leave out model.policy.quantization."
+            )
+        self.quantization.check_precision(precision)
+
+    def unquantised(self) -> ModelSource:
+        if self.quantization is None:
+            return self
+        plain = copy.copy(self)
+        plain.quantization = None
+        return plain
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         path = _expanded(self.tokenizer or self.path)
@@ -127,23 +190,41 @@ class HFModel(ModelSource):
             return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=self.trust_remote_code)
 
     def stop_token_ids(self) -> list[int]:
+        config = self._generation_config()
+        given: Any = None if config is None else config.eos_token_id
+        return [] if given is None else [given] if isinstance(given, int) else list(given)
+
+    def _generation_config(self) -> GenerationConfig | None:
+        """The model's generation config, if it has one."""
         path = _expanded(self.path)
         if Path(path).is_dir() and not (Path(path) / GENERATION_CONFIG_NAME).is_file():
-            return []
+            return None
         with _explained(self.path):
             try:
-                config = GenerationConfig.from_pretrained(path, revision=self.revision or "main")
+                return GenerationConfig.from_pretrained(path, revision=self.revision or "main")
             except OSError as error:
                 # The repository has no such file; or its copy in the cache has none, and nobody else is to be asked.
                 absent = EntryNotFoundError if constants.HF_HUB_OFFLINE else RemoteEntryNotFoundError
                 if any(isinstance(cause, absent) for cause in _causes(error)):
-                    return []
+                    return None
                 raise
-        given: Any = config.eos_token_id
-        return [] if given is None else [given] if isinstance(given, int) else list(given)
 
     def load_model(self) -> PreTrainedModel:
-        config = self._load_config()
+        more = {} if self.quantization is None else {"quantization_config": self.quantization.config()}
+        return self._pretrained(self._load_config(), **more)
+
+    def outline(self) -> Outline:
+        if self.trust_remote_code:
+            raise WholeOnly("trust_remote_code is set, and a repository's own code may load weights in its own way")
+        config = None if self.quantization else self._load_config()
+        if config is None or getattr(config, "quantization_config", None) is not None:
+            raise WholeOnly("its weights are quantised")
+        # Everything but the weights is as from_pretrained makes it; of the weights it looks up names and sizes.
+        network = self._pretrained(config, device_map={"": "meta"})
+        with _explained(self.path):
+            return Outline.of(network, self._weight_files())
+
+    def _pretrained(self, config: Any, **more: Any) -> PreTrainedModel:
         if self.disable_dropout:
             _zero_dropout_settings(config)
         with _explained(self.path):
@@ -155,21 +236,44 @@ class HFModel(ModelSource):
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
                 use_safetensors=True,
+                **more,
             )
         if self.disable_dropout:
             _zero_dropout_modules(model)
         return model
 
+    def skeleton(self) -> PreTrainedModel:
+        config = self._load_config()
+        if self.disable_dropout:
+            _zero_dropout_settings(config)
+        with _explained(self.path), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        own = self._generation_config()
+        if own is not None:
+            model.generation_config = own
+        return model
+
+    @property
+    def origin(self) -> tuple[str, str | None] | None:
+        path = _expanded(self.path)
+        return (str(Path(path).absolute()) if Path(path).is_dir() else path), self.revision
+
     def weights_digest(self, memory: Path) -> str:
+        with _explained(self.path):
+            config = cached_file(_expanded(self.path), CONFIG_NAME, revision=self.revision)
+            files = [Path(str(config)), *self._weight_files()]
+        kind = self.dtype if self.quantization is None else f"{self.dtype} {self.quantization}"
+        return f"{kind} {files_digest(files, memory)}"
+
+    def _weight_files(self) -> list[Path]:
+        """The files that `from_pretrained` reads, in the Hub's cache or a folder."""
         path = _expanded(self.path)
         optional = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
-        with _explained(self.path):
-            config = cached_file(path, CONFIG_NAME, revision=self.revision)
-            files = [cached_file(path, SAFE_WEIGHTS_NAME, **optional)]  # as from_pretrained: this one before several
-            if files == [None]:
-                index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision)
-                files, _ = get_checkpoint_shard_files(path, index, revision=self.revision)
-        return f"{self.dtype} {files_digest([Path(str(path)) for path in (config, *files)], memory)}"
+        files = [cached_file(path, SAFE_WEIGHTS_NAME, **optional)]  # as from_pretrained: this one before several
+        if files == [None]:
+            index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision)
+            files, _ = get_checkpoint_shard_files(path, index, revision=self.revision)
+        return [Path(str(file)) for file in files]
 
     def _load_config(self) -> Any:
         path = Path(_expanded(self.path))
@@ -238,8 +342,19 @@ class TinyModel(ModelSource):
         return build_tokenizer()
 
     def load_model(self) -> PreTrainedModel:
+        config = self._config()
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators as well
+            return LlamaForCausalLM(config)
+
+    def skeleton(self) -> PreTrainedModel:
+        with torch.device("meta"):
+            return LlamaForCausalLM(self._config())
+
+    def _config(self) -> LlamaConfig:
         tokenizer = self.load_tokenizer()
-        config = LlamaConfig(
+        return LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
             num_hidden_layers=self.layers,
@@ -253,10 +368,6 @@ class TinyModel(ModelSource):
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators as well
-            return LlamaForCausalLM(config)
 
 
 _LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)

@@ -104,6 +104,10 @@ class LoRA(TrainablePart):
             )
         except ValueError as error:
             raise UserError(f"LoRA: {error}") from error
+        if getattr(model, "is_loaded_in_4bit", False):
+            for parameter in model.parameters():
+                if parameter.requires_grad:  # peft gives them the type that the packed bits are stored in
+                    parameter.data = parameter.data.float()
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise UserError(f"LoRA: no module matches target_modules={self.target_modules!r}.")
 

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,12 +185,24 @@ def sft(strategy: str, runs: Path) -> list[str]:
     ]
 
 
-def chain(jobs: dict[str, list[str]], folder: Path, launch: Callable[[list[str], Path], str]) -> dict[str, Run]:
-    """Runs jobs one after the other in the same processes; every one must succeed and leave one run in its folder."""
+def outcomes(
+    jobs: dict[str, list[str]], folder: Path, launch: Callable[[list[str], Path], str]
+) -> tuple[dict[str, str], str]:
+    """Runs jobs one after the other in the same processes: what became of each on process 0, and the log of all."""
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
     log = launch([str(HERE / "chain.py"), str(file)], folder)
-    done = json.loads(file.with_suffix(".done").read_text())
+    return json.loads(file.with_suffix(".done").read_text()), log
+
+
+def alone(arguments: list[str], folder: Path) -> str:
+    """One process."""
+    return execute([sys.executable, *arguments], folder)
+
+
+def chain(jobs: dict[str, list[str]], folder: Path, launch: Callable[[list[str], Path], str]) -> dict[str, Run]:
+    """Runs jobs one after the other in the same processes; every one must succeed and leave one run in its folder."""
+    done, log = outcomes(jobs, folder, launch)
     failures = {name: outcome for name, outcome in done.items() if outcome != "ok"}
     assert not failures, "\n".join(failures.values())
     return {name: only_run(folder / name, log) for name in jobs}
@@ -208,7 +220,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     rows = "--data.streams.safety.batch_size=8"
     jobs["adamw-whole"] = ["fit", *command("adamw", "single", folder / "adamw-whole", ACCUMULATED[1], rows)]
     jobs["sft"] = sft("single", folder / "sft")
-    return chain(jobs, folder, lambda arguments, cwd: execute([sys.executable, *arguments], cwd))
+    return chain(jobs, folder, alone)
 
 
 @pytest.fixture(scope="session")
@@ -290,7 +302,7 @@ def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         return ["fit", *command("sgd", strategy, folder / name), *more]
 
     jobs = {"mixed": fit("mixed", "single", *MIXED), "true": fit("true", "single", *TRUE)}
-    runs = chain(jobs, folder, lambda arguments, cwd: execute([sys.executable, *arguments], cwd))
+    runs = chain(jobs, folder, alone)
     jobs = {}
     for strategy in STRATEGIES:
         mixed, true, resumed = f"{strategy}-mixed", f"{strategy}-true", f"{strategy}-true-resumed"
@@ -319,3 +331,58 @@ def validated_by_command(tmp_path_factory: pytest.TempPathFactory, started: dict
 def at(run: Path, step: int = 5) -> str:
     """The argument that begins from a run's checkpoint."""
     return f"--ckpt_path={run}/checkpoints/*step={step}.ckpt"
+
+
+@pytest.fixture(scope="session")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """A file system with room for one checkpoint of the job on it and not for two; None if none can be mounted."""
+    folder = tmp_path_factory.mktemp("small")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    yield folder if mounted else None
+    if mounted:
+        subprocess.run(["umount", str(folder)])
+
+
+@pytest.fixture(scope="session")
+def checkpoint_jobs(
+    tmp_path_factory: pytest.TempPathFactory, small_disk: Path | None
+) -> tuple[Path, dict[str, str], str]:
+    """Runs that save, resume and fail to: the folder of their runs by name, what became of each, and the log of two."""
+    folder = tmp_path_factory.mktemp("jobs")
+
+    def fit(name: str, strategy: str, *more: str, runs: Path | None = None) -> list[str]:
+        short = ["--export.enabled=false", "--trainer.val_check_interval=null"]
+        return ["fit", *command("adamw", strategy, runs or folder / name, *short, *more)]
+
+    def no_room(rank: int) -> list[str]:
+        callback = "--trainer.callbacks+=probes.LimitFiles"
+        return [callback, f"--trainer.callbacks.rank={rank}", "--trainer.callbacks.step=10"]
+
+    two = {
+        "sharded": fit("sharded", "fsdp2"),
+        "whole": fit("whole", "fsdp2", "--trainer.strategy.save_distributed_checkpoint=false"),
+        "one-to-two": fit("one-to-two", "fsdp2", at(folder / "one/*/*")),
+        "sharded-to-ddp": fit("sharded-to-ddp", "ddp", at(folder / "sharded/*/*")),
+        "process-1-has-no-room": fit("process-1-has-no-room", "fsdp2", *no_room(1)),
+        "writer-has-no-room": fit("writer-has-no-room", "ddp", *no_room(0)),
+        "another-model": fit("another-model", "fsdp2", "--model.policy.layers=1", at(folder / "sharded/*/*")),
+    }
+    if small_disk is not None:
+        two["small-disk"] = fit("small-disk", "fsdp2", runs=small_disk)
+    done, _ = outcomes({"one": fit("one", "single")}, folder, alone)
+    pair, log = outcomes(two, folder, torchrun)
+    back, _ = outcomes({"two-to-one": fit("two-to-one", "single", at(folder / "sharded/*/*"))}, folder, alone)
+    return folder, done | pair | back, log
+
+
+@pytest.fixture(name="command")
+def _command() -> Callable[..., list[str]]:
+    """The command line of `bfpo` after its subcommand, for a method under a strategy."""
+    return command
+
+
+@pytest.fixture(name="only_run")
+def _only_run() -> Callable[[Path, str], Run]:
+    """The run below a folder, which must be the only one."""
+    return only_run

@@ -1,10 +1,11 @@
-"""A callback that the distributed runs use to look inside."""
+"""Callbacks that the distributed runs use to look inside, and to come to harm."""
 
 import json
+import resource
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from bfpo_pl.generation import generate
 
@@ -25,3 +26,26 @@ class GenerateUnequally(Callback):
         file = Path(trainer.default_root_dir) / f"answers-{trainer.global_rank}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(answers))
+
+
+class LimitFiles(Callback):
+    """Lets no file of one process grow over a size, from the end of a step to the end of the run.
+
+    Args:
+        rank: The process.
+        step: Optimizer step after which the limit holds.
+        size: Largest size in bytes.
+    """
+
+    def __init__(self, rank: int, step: int, size: int = 1000) -> None:
+        self.rank, self.step, self.size = rank, step, size
+
+    def _limit(self, size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+            self._limit(self.size)
+
+    def on_exception(self, trainer: Trainer, *_: object) -> None:
+        self._limit(resource.RLIM_INFINITY)

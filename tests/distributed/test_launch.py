@@ -1,11 +1,9 @@
 """What a launch decides before its processes can talk to each other."""
 
 import os
-from pathlib import Path
 
 import pytest
 
-from bfpo_pl.cli import main
 from bfpo_pl.runs import RUN_VARIABLE, new_run_folder
 
 
@@ -35,15 +33,3 @@ def test_a_process_started_by_another_launcher_does_not_inherit(tmp_path, monkey
     monkeypatch.setenv("LOCAL_RANK", "1")
     folder = new_run_folder(tmp_path, "x")
     assert folder.parent == tmp_path / "x"
-
-
-def test_a_sharded_checkpoint_under_another_strategy_says_what_to_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # restored afterwards
-    configs = Path(__file__).parents[2] / "configs"
-    folder = tmp_path / "last.ckpt"
-    folder.mkdir()
-    (folder / ".metadata").touch()  # what every sharded checkpoint has beside its shards
-    arguments = ["validate", "-c", f"{configs}/base.yaml", "-c", f"{configs}/experiment/bfpo.yaml"]
-    with pytest.raises(SystemExit):
-        main([*arguments, "--trainer.accelerator=cpu", f"--ckpt_path={folder}", f"--runs={tmp_path}/runs"])
-    assert "configs/strategy/fsdp2.yaml" in capsys.readouterr().err

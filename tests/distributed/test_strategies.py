@@ -202,7 +202,7 @@ def test_one_run_folder_holds_everything(strategy, started, elastic):
         assert {"config.yaml", "environment.json", "data.json", "metrics.csv", "checkpoints", "export"} <= names
         assert not [name for name in names if name.endswith(".part") or name.startswith("version_")]
         checkpoints = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
-        assert checkpoints == ["epoch=1-step=5.ckpt", "epoch=2-step=10.ckpt", "last.ckpt"]
+        assert checkpoints == ["epoch=1-step=5.ckpt", "epoch=2-step=10.ckpt", "index.json", "last.ckpt"]
         assert run.metrics("train/")
         assert run.metrics("val/")
     assert (

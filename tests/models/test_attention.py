@@ -101,11 +101,11 @@ def test_the_check_before_the_first_step_sees_a_leak(monkeypatch, backend, dtype
         return leaking(*arguments, pair_rows=pair_rows, **kwargs) if pair_rows else plain(*arguments, **kwargs)
 
     module = response_module(backend, dtype)
-    module.check_network()
+    module.check_network(torch.device("cpu"))
     monkeypatch.setitem(globals(), "TREE", torch.tensor([0] * 10 + [1] * 7))
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, leaking_in_rows)
     with pytest.raises(AttentionMismatchError, match=r"LlamaForCausalLM attends .* Set model.attention to Padded"):
-        module.check_network()
+        module.check_network(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("leaked", [1, 2, 4])
@@ -122,7 +122,7 @@ def test_the_check_sees_a_leak_of_the_layout_that_auto_takes_for_long_responses(
     module = response_module(backend)
     monkeypatch.setattr(SegmentLoop, "__init__", leaking_loop)
     with pytest.raises(AttentionMismatchError):
-        module.check_network()
+        module.check_network(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("device", "obstacle"), [("cpu", "none here"), ("meta", "none here"), ("cpu", None)])

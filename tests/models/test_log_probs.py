@@ -87,7 +87,7 @@ def test_a_half_precision_model_is_summed_in_float32():
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_head_logits_are_the_models_own(name, dtype):
-    assert head_discrepancy(build(name, dtype)) < (1e-10 if dtype == torch.float64 else 1e-4)
+    assert head_discrepancy(build(name, dtype), torch.device("cpu")) < (1e-10 if dtype == torch.float64 else 1e-4)
 
 
 class CappedLlama(LlamaForCausalLM):
@@ -105,10 +105,10 @@ def test_an_unknown_change_of_the_logits_stops_the_run(dtype):
     bind_log_probs(model, Padded())
     module = response_module(model)
     with pytest.raises(HeadMismatchError, match="CappedLlama changes its logits"):
-        module.check_network()
+        module.check_network(torch.device("cpu"))
     fine = build("llama", dtype)
     bind_log_probs(fine, Padded())
-    response_module(fine).check_network()
+    response_module(fine).check_network(torch.device("cpu"))
 
 
 def test_the_head_check_is_not_misled_by_dropout():
@@ -116,7 +116,7 @@ def test_the_head_check_is_not_misled_by_dropout():
     model = LlamaForCausalLM(config).train()
     bind_log_probs(model, Padded())
     before = torch.get_rng_state()
-    response_module(model).check_network()
+    response_module(model).check_network(torch.device("cpu"))
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -153,7 +153,7 @@ OTHER_CAPS = {
 def test_soft_caps_by_other_names_are_known(name):
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(OTHER_CAPS[name])](OTHER_CAPS[name])
     model.get_output_embeddings().weight.data.mul_(20.0)
-    assert head_discrepancy(model) < 1e-4
+    assert head_discrepancy(model, torch.device("cpu")) < 1e-4
 
 
 def test_a_network_without_a_part_below_its_head_is_refused():

@@ -373,7 +373,7 @@ def test_values_are_those_of_the_network(fit, tmp_path):
     """Against a frozen copy asked row by row, each by itself."""
     cli = fit(command="reference")
     network = FrozenCopy(TinyModel(32, 2, 2, 64, seed=0))
-    network.prepare(cli.model.policy, cli.model.source, cli.model.place)
+    network.prepare(cli.model.policy, cli.model.source, cli.model.load)
     (folder,) = stores(tmp_path)
     store = LogProbStore(folder)
     rows = precomputed_module._Rows(cli.datamodule.rows)

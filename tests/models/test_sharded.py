@@ -5,7 +5,7 @@ import torch
 from networks import batch_of, build, naive_log_probs, trees_of
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
 from bfpo_pl.models import head as head_module
 from bfpo_pl.models.attention import Unfold
@@ -64,6 +64,16 @@ def test_gradients(only_float64, monkeypatch, mesh, name, head, how):
         assert ((found - expected).norm() / expected.norm()).item() < 1e-10, parameter_name
         compared += 1
     assert compared >= len(right) - 1
+
+
+def test_the_offload_policy_reaches_every_unit(mesh):
+    policy = CPUOffloadPolicy(pin_memory=False)
+    model = build("llama")
+    shard(model, mesh, offload=policy)
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    assert len(units) == 3
+    assert all(unit._get_fsdp_state()._fsdp_param_group.offload_policy is policy for unit in units)
+    assert all(parameter.to_local().device.type == "cpu" for parameter in model.parameters())
 
 
 def step_in_bfloat16(mesh, precision, how="none", name="llama"):

@@ -1,0 +1,1 @@
+"""Chatting with models in the terminal."""
