@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
+from bfpo_pl.component import RunError
 from bfpo_pl.data.arrow import read_shard
 from bfpo_pl.models import precomputed as precomputed_module
 from bfpo_pl.models import weights as weights_module
@@ -175,6 +176,18 @@ def test_a_checkpoint_knows_the_values_that_its_run_trained_with(fit, tmp_path, 
     assert stopped.value.code == 1
     assert "in the checkpoint's run" in capsys.readouterr().err
     fit(*again, "--model.reference.source=TinyModel", "--model.reference.source.layers=1", command=command)
+
+
+def test_a_checkpoint_that_is_restored_after_the_values_were_found_is_compared_too(fit):
+    """Sharded strategies do it in that order."""
+    reference = fit().model.references["reference"]
+    state = reference.state()
+    assert len(state["log_probs"]) > RESPONSES / 2
+    reference.check_state(state)
+    reference.check_state({"store": "another", "log_probs": {"7": 1.0}})
+    changed = {key: value + 0.5 for key, value in state["log_probs"].items()}
+    with pytest.raises(RunError, match="responses differ by 0.5 nats"):
+        reference.check_state({**state, "log_probs": changed})
 
 
 def test_a_policy_that_is_not_where_the_reference_is_stops_the_run(fit, tmp_path, capsys):
