@@ -186,7 +186,7 @@ def test_a_checkpoint_that_is_restored_after_the_values_were_found_is_compared_t
     reference.check_state(state)
     reference.check_state({"store": "another", "log_probs": {"7": 1.0}})
     changed = {key: value + 0.5 for key, value in state["log_probs"].items()}
-    with pytest.raises(RunError, match="responses differ by 0.5 nats"):
+    with pytest.raises(RunError, match=r"responses differ by 0\.5 nats"):
         reference.check_state({**state, "log_probs": changed})
 
 
