@@ -79,6 +79,6 @@ def copied(tmp_path) -> Callable[[Path], Path]:
     """Copies a run, to be poisoned."""
 
     def copy(run: Path) -> Path:
-        return Path(shutil.copytree(run, tmp_path / "runs" / "x" / run.name))
+        return Path(shutil.copytree(run, tmp_path / "runs" / "x" / run.name, symlinks=True))
 
     return copy
