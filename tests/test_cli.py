@@ -469,6 +469,6 @@ def test_a_run_that_must_stop_says_why_and_names_the_rows(bfpo, base, small, mon
         bfpo("fit", *base, *small)
     assert caught.value.code == 1
     text = capsys.readouterr().err
-    assert "bfpo: error: The loss was NaN or infinite at optimizer step 0" in text
-    assert "MicroworldSafety[train]:" in text
+    assert "bfpo: error: The loss was NaN or infinite (rows of this step: MicroworldSafety[train]:" in text
+    assert "at optimizer step 0; the update was not applied" in text
     assert "Traceback" not in text

@@ -161,7 +161,7 @@ def choose_moment(chance: random.Random, folder: Path, processes: list[int]) -> 
         assert time.monotonic() - began < PATIENCE, "no step was made"
         time.sleep(0.002)
     if chance.random() < 0.5:
-        for _ in range(chance.randint(1, 4)):
+        for _ in range(chance.randint(1, 12)):
             while is_saving(run):
                 time.sleep(0.0005)
             while not is_saving(run):
@@ -170,7 +170,7 @@ def choose_moment(chance: random.Random, folder: Path, processes: list[int]) -> 
                 time.sleep(0.0005)
         time.sleep(chance.random() * 0.01)
     else:
-        time.sleep(chance.random() * 0.7)
+        time.sleep(chance.random() * 3.0)
     return not ended(processes)
 
 

@@ -237,13 +237,14 @@ def test_mistakes_are_said_before_anything_is_written(runs, refusal, tmp_path, m
     run, to = runs["file"], tmp_path / "new"
     assert "There is no run" in refusal("export", "--run", tmp_path / "none", "--to", to)
     assert "no config.yaml" in refusal("export", "--run", tmp_path, "--to", to)
-    assert "Checkpoints of the run: " in refusal("export", "--run", run, "--to", to, "--checkpoint", "step=7.ckpt")
+    said = refusal("export", "--run", run, "--to", to, "--checkpoint", "none.ckpt")
+    assert f"There is no checkpoint '{run}/checkpoints/none.ckpt'. Checkpoints in {run}/checkpoints: epoch=" in said
     assert "no adapter" in refusal("export", "--run", run, "--to", to, "--merge", "false")
     assert "max_shard_size" in refusal("export", "--run", run, "--to", to, "--max_shard_size", "much")
     assert "bfpo export" in refusal("export", "--run", run)
     assert "unrecognized" in refusal("export", "--run", run, "--to", to, "--checkpiont", "last").lower()
     empty = shutil.copytree(run, tmp_path / "empty", ignore=shutil.ignore_patterns("*.ckpt"), symlinks=True)
-    assert "has no checkpoint" in refusal("export", "--run", empty, "--to", to)
+    assert "there is no run with a checkpoint in" in refusal("export", "--run", empty, "--to", to)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert "GB are needed" in refusal("export", "--run", run, "--to", to)
@@ -252,7 +253,7 @@ def test_mistakes_are_said_before_anything_is_written(runs, refusal, tmp_path, m
 
 def test_a_run_without_a_monitor_has_no_best(sft_run, refusal, tmp_path):
     said = refusal("export", "--run", sft_run, "--to", tmp_path / "new", "--checkpoint", "best")
-    assert "monitored no metric" in said
+    assert "has a score. The run must monitor a metric" in said
 
 
 @pytest.mark.parametrize(
