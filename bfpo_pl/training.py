@@ -276,13 +276,9 @@ class ResponseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the count of skipped steps, and each process's sums of the metrics that are not logged yet."""
+        self._log_if_due()  # a kill between the save and the end of the step would leave these values out for ever
         metric = self._train_metrics
-        logged = metric is None or self.should_log()  # they will be, and reset, right after a save on a step's end
-        own = (
-            None
-            if metric is None or logged
-            else {k: v.cpu() for k, v in metric.metric_state.items() if isinstance(v, Tensor)}
-        )
+        own = None if metric is None or not metric.update_called else _sums(metric)
         everyones: list[Any] = [own]
         if self.trainer.world_size > 1:
             everyones = [None] * self.trainer.world_size
@@ -343,12 +339,16 @@ class ResponseModule(LightningModule):
         return stepped and step > 0 and (step == 1 or step % every == 0)
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        if self._train_metrics is not None and self.should_log():
-            self.log_train(self._train_metrics)
-            if self.guard.skipped:
-                self.write({"train/skipped_steps": float(self.guard.skipped)})
+        self._log_if_due()
         if self.guard.agreed:  # checkpoints are saved before this hook, by callbacks
             raise Stopped(self.guard.agreed, self.trainer.global_step)
+
+    def _log_if_due(self) -> None:
+        metric = self._train_metrics
+        if metric is not None and metric.update_called and self.should_log():
+            self.log_train(metric)
+            if self.guard.skipped:
+                self.write({"train/skipped_steps": float(self.guard.skipped)})
 
     def on_validation_epoch_end(self) -> None:
         if self._val_metrics is not None:
@@ -380,3 +380,8 @@ class ResponseModule(LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(values, step=self.trainer.global_step)
             logger.save()
+
+
+def _sums(metric: Metric) -> dict[str, Tensor]:
+    """A metric's state on the CPU; all of it is sums."""
+    return {name: value.cpu() for name, value in metric.metric_state.items() if isinstance(value, Tensor)}
