@@ -78,6 +78,8 @@ class ResponseModule(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._float_buffers: dict[str, Tensor] = {}
         self.guard = UpdateGuard(int(check_range(self, "max_nonfinite_steps", max_nonfinite_steps, 0)))
+        self.validated_step = -1
+        """Optimizer step of the last validation."""
         self._unlogged: dict[str, Tensor] | None = None
         self._train_metrics: Metric | None = None
         self._val_metrics: Metric | None = None
@@ -283,11 +285,16 @@ class ResponseModule(LightningModule):
         if self.trainer.world_size > 1:
             everyones = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(everyones, own)
-        checkpoint[STATE] = {"skipped_steps": self.guard.skipped, "train_metrics": everyones}
+        checkpoint[STATE] = {
+            "skipped_steps": self.guard.skipped,
+            "train_metrics": everyones,
+            "validated_step": self.validated_step,
+        }
 
     def _restore_state(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get(STATE, {})
         self.guard.skipped = int(state.get("skipped_steps", 0))
+        self.validated_step = int(state.get("validated_step", -1))
         saved = state.get("train_metrics", [])
         if len(saved) == self.trainer.world_size:
             self._unlogged = saved[self.trainer.global_rank]
@@ -351,6 +358,8 @@ class ResponseModule(LightningModule):
                 self.write({"train/skipped_steps": float(self.guard.skipped)})
 
     def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.validated_step = self.trainer.global_step
         if self._val_metrics is not None:
             self.log_validation(self._val_metrics)
 
