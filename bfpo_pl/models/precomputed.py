@@ -165,7 +165,7 @@ class Precomputed(OtherNetwork):
         assert self._store is not None
         batches = rows.batches(missing, self.batch_tokens)
         with telling(label, len(missing), _ROWS_WORTH_TELLING) as advance:
-            step = _PART_BATCHES * run.world
+            step = _PART_BATCHES * run.shares[1]
             for part in (batches[start : start + step] for start in range(0, len(batches), step)):
                 done = np.concatenate(part)
                 keys, sums, lengths = self._values(rows, part, network, run)
@@ -184,9 +184,10 @@ class Precomputed(OtherNetwork):
         lengths = np.array([len(ids) for some in trees for tree in some for ids in tree.response_ids], dtype=np.int64)
         ends = np.cumsum([len(some) for some in keys])
         sums = np.zeros(len(lengths))
-        for turn in range(-(-len(batches) // run.world)):
+        rank, world = run.shares
+        for turn in range(-(-len(batches) // world)):
             # A process whose turn has no batch takes part all the same, for sharded layers wait for it.
-            number = turn * run.world + run.rank
+            number = turn * world + rank
             some = trees[number] if number < len(trees) else []
             batch = collate([(0, tree) for tree in some], ["reference"], [1.0], (), ()).to(run.strategy.root_device)
             with run.strategy.precision_plugin.forward_context():
