@@ -3,10 +3,12 @@
     python benchmarks/step.py                              # everything; some 25 minutes on two quiet cores
     python benchmarks/step.py --quick                      # a look, at most 90 seconds
     python benchmarks/step.py --device cuda --shape 1b     # or 7b: at most 8 minutes a call; call again to go on
+                                                           # (--optimizer AdamW for 7b on a card of less than 141 GB)
     python benchmarks/step.py --table                      # docs/performance.md and its picture from the results
 
 Writes benchmarks/results/step_<device>.json. Every section runs in a fresh process; within one, variants take turns on
-the same rows. A run that was stopped goes on where it was. TRL takes part if it is installed: pip install
+the same rows. A run that was stopped goes on where it was (sections that failed are not tried again; removing
+benchmarks/results/*.partial.json starts afresh). TRL takes part if it is installed: pip install
 "bfpo_pl[bench]".
 """
 
@@ -23,6 +25,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+LITTLE = 0.1
+"""Share of a call's time after which a section that is stopped may have lacked what went before it."""
 sys.path.insert(0, str(HERE))
 
 
@@ -35,7 +39,7 @@ def in_a_new_process(
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return {"error": f"stopped after {timeout:.0f} s"}
+        return {"error": f"stopped after {timeout:.0f} s", "stopped": True}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         return {"error": last[:500], "stderr": done.stderr[-2000:]}
@@ -43,13 +47,13 @@ def in_a_new_process(
 
 
 def run(plan: list[Any], key: dict[str, Any], partial: Path, limit: float | None) -> tuple[dict[str, Any], bool]:
-    """Runs the sections that a stopped run of the same key has not finished.
+    """Runs the sections that a stopped run of the same key has not finished; one that failed is not tried again.
 
     Args:
         plan: The sections.
         key: What the results depend on.
         partial: File that holds finished sections.
-        limit: Seconds after which no further section starts.
+        limit: Seconds after which no further section starts, and the one that runs is stopped.
 
     Returns:
         Results by section, and whether all ran.
@@ -59,24 +63,24 @@ def run(plan: list[Any], key: dict[str, Any], partial: Path, limit: float | None
     began = time.monotonic()
     same: dict[str, str] = {}
     for number, section in enumerate(plan, 1):
-        if section.key in found and "error" not in found[section.key]:
-            same[section.work] = section.key
-            continue
-        if section.work in same:
+        if section.key not in found and section.work in same:
             found[section.key] = found[same[section.work]]
-            continue
-        left = None if limit is None else limit - (time.monotonic() - began)
-        if left is not None and left < 10:
-            return found, False
-        started = time.monotonic()
-        found[section.key] = in_a_new_process(section.task, section.options, section.environment, left)
-        took = time.monotonic() - started
+        if section.key not in found:
+            spent = time.monotonic() - began
+            left = None if limit is None else limit - spent
+            if left is not None and left < 10:
+                return found, False
+            started = time.monotonic()
+            result = in_a_new_process(section.task, section.options, section.environment, left)
+            took = time.monotonic() - started
+            print(f"[{number}/{len(plan)}] {section.key}: {result.get('error', f'{took:.0f} s')}", flush=True)
+            if result.get("stopped") and spent > LITTLE * limit:  # type: ignore[operator]
+                return found, False  # the next call gives it all of its time
+            found[section.key] = {**result, "took_seconds": took}
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps({"key": key, "sections": found}))
         if "error" not in found[section.key]:
             same[section.work] = section.key
-        found[section.key]["took_seconds"] = took
-        print(f"[{number}/{len(plan)}] {section.key}: {found[section.key].get('error', f'{took:.0f} s')}", flush=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"key": key, "sections": found}))
     return found, True
 
 
@@ -92,7 +96,7 @@ def plan_of(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
     if precision == "auto":
         precision = "bf16-mixed" if machine.bf16_is_native() or options.device == "cuda" else "float32"
     if options.device == "cuda":
-        sections = plan.on_cuda(options.shape, known["variants"])
+        sections = plan.on_cuda(options.shape, known["variants"], options.optimizer)
     elif options.quick:
         sections = plan.quick(precision, known["variants"], options.shape or "quick")
     else:
@@ -102,6 +106,7 @@ def plan_of(options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
         "trl": trl_peer.available() or "not installed",
         "trl_settings": trl_peer.SWITCHED_ON,
         "precision": "bf16-true" if options.device == "cuda" else precision,
+        "optimizer": options.optimizer if options.device == "cuda" else "AdamW",
         "bf16_is_native": torch.cuda.is_available() if options.device == "cuda" else machine.bf16_is_native(),
         "skipped": known["skipped"],
     }
@@ -120,6 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
         "commit": commit,
         "shape": options.shape,
         "precision": about["precision"],
+        "optimizer": about["optimizer"],
         "sections": [section.key for section in sections],
     }
     partial = options.out.with_suffix(".partial.json")
@@ -148,8 +154,14 @@ def arguments() -> argparse.Namespace:
         default="auto",
         help="on a CPU; auto: bf16-mixed where the processor has bfloat16 products, else float32",
     )
+    parser.add_argument(
+        "--optimizer",
+        choices=["AdamW32", "AdamW"],
+        default="AdamW32",
+        help="on a GPU; with weights and gradients AdamW32 takes 16 bytes a weight (7b: 107 GB), AdamW 8",
+    )
     parser.add_argument("--data", type=Path, help="folder with the real pairs; default: ../shared/data of the project")
-    parser.add_argument("--limit", type=float, help="seconds after which no section starts; default on a GPU: 450")
+    parser.add_argument("--limit", type=float, help="seconds for a call; default on a GPU: 450")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", action="store_true", help="only write documentation and picture from the results")
     parser.add_argument("--task", help=argparse.SUPPRESS)

@@ -217,6 +217,23 @@ class PreferenceModule(ResponseModule):
         """``[R]``, log-probs of the responses under the policy, summed over tokens."""
         return self.policy.response_log_probs(batch, reduction="sum")  # type: ignore[union-attr,operator]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what a run that goes on needs to know its references by."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["references"] = {name: reference.state() for name, reference in self.references.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compares a checkpoint's weights and references with this run's.
+
+        Raises:
+            UserError: The weights are another model's; the message names the first that differs.
+            RunError: A reference's log-probs are not those that the checkpoint's run trained with.
+        """
+        super().on_load_checkpoint(checkpoint)
+        for name, state in checkpoint.get("references", {}).items():
+            if name in self.references:
+                self.references[name].check_state(state)
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         for reference in self.references.values():
             batch = reference.annotate(batch)
@@ -259,7 +276,7 @@ class PreferenceModule(ResponseModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         if not self._start_checked and self.trainer.global_step == 0:
-            self.check_head(batch)
+            self.check_network(batch.tokens.device)
             self._check_start(batch)
         self._start_checked = True
         objective = self.objective(batch)

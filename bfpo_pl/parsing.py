@@ -195,6 +195,10 @@ class BFPOCLI(LightningCLI):
         if asked and asked[1] and (key := component_key(asked[0])):
             print(describe(asked[1], key))
             raise SystemExit(0)
+        own = self._parser(args[0])
+        own.prog = f"bfpo {self.command}"
+        if self.command != args[0]:  # Lightning tells of its own commands alone
+            own.description = inspect.cleandoc(self.model_class.__doc__ or "").split("\n\n")[0]
         self.config = parser.parse_args([args[0], *configs_first(args[1:])])
 
     def _parse_ckpt_path(self) -> None:

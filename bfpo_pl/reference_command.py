@@ -18,7 +18,7 @@ from bfpo_pl.parsing import BFPOCLI
 
 
 class ReferenceModule(PreferenceModule):
-    """A preference module that trains nothing: its references compute their log-probs, and the run ends."""
+    """Computes the log-probs of a fit's reference models, once for all runs on these rows, and trains nothing."""
 
     def configure_optimizers(self) -> None:
         return None

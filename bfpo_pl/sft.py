@@ -82,7 +82,7 @@ class SFTModule(ResponseModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         if not self._head_checked:
-            self.check_head(batch)
+            self.check_network(batch.tokens.device)
             self._head_checked = True
         loss, nll = self.objective(batch)
         self.guard.watch(loss, batch.origins)

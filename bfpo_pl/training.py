@@ -101,14 +101,10 @@ class ResponseModule(LightningModule):
         self._keep_batches_whole()
         self.source.check_training(self.trainable, str(self.trainer.precision))
         self.source.check()
-        size = getattr(self.trainer.strategy, "tensor_parallel_size", 1)
-        if size > 1:
-            self._check_tensor_parallel(size)
-
-    def _check_tensor_parallel(self, size: int) -> None:
-        skeleton = self.source.skeleton()
-        self.trainable.apply(skeleton)
-        check_plan(skeleton, size)
+        if (size := getattr(self.trainer.strategy, "tensor_parallel_size", 1)) > 1:
+            skeleton = self.source.skeleton()
+            self.trainable.apply(skeleton)
+            check_plan(skeleton, size)
 
     def _keep_batches_whole(self) -> None:
         """Under ``bf16-true`` Lightning converts every float of a batch, which would round soft flags and scores."""
@@ -226,16 +222,17 @@ class ResponseModule(LightningModule):
             )
         return self.mean_over_ranks(count(window)) / window.size
 
-    def check_head(self, batch: PairBatch) -> None:
+    def check_network(self, device: torch.device) -> None:
         """Compares the head's logits and the attention with the model's own on a few tokens, once.
+
+        Args:
+            device: Where the policy computes.
 
         Raises:
             HeadMismatchError: The logits differ by more than rounding.
             AttentionMismatchError: The hidden states do.
         """
-        # Every rank takes the first tokens of its own batch: the same shape, so that sharded layers stay in step.
-        tokens = torch.nn.functional.pad(batch.tokens[:8], (0, max(0, 8 - len(batch.tokens))))
-        discrepancy = self.policy.head_discrepancy(tokens).item()  # type: ignore[union-attr,operator]
+        discrepancy = self.policy.head_discrepancy(device).item()  # type: ignore[union-attr,operator]
         exact = self.policy.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled()  # type: ignore[union-attr]
         tolerance = 1e-3 if exact else 0.05
         name = type(self.policy).__name__
@@ -244,7 +241,7 @@ class ResponseModule(LightningModule):
                 f"{name} changes its logits after the output head in a way that bfpo_pl does not "
                 f"know (relative difference {discrepancy:.2g}). Its log-probs would be wrong, so the run stops."
             )
-        discrepancy = self.policy.attention_discrepancy(tokens).item()  # type: ignore[union-attr,operator]
+        discrepancy = self.policy.attention_discrepancy(device).item()  # type: ignore[union-attr,operator]
         if not discrepancy <= (1e-3 if exact else 0.1):
             raise AttentionMismatchError(
                 f"{name} attends in a way that {self.attention} does not know (relative difference "
@@ -287,13 +284,9 @@ class ResponseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the count of skipped steps, and each process's sums of the metrics that are not logged yet."""
+        self._log_if_due()  # a kill between the save and the end of the step would leave these values out for ever
         metric = self._train_metrics
-        logged = metric is None or self.should_log()  # they will be, and reset, right after a save on a step's end
-        own = (
-            None
-            if metric is None or logged
-            else {k: v.cpu() for k, v in metric.metric_state.items() if isinstance(v, Tensor)}
-        )
+        own = None if metric is None or not metric.update_called else _sums(metric)
         everyones: list[Any] = [own]
         if self.trainer.world_size > 1:
             everyones = [None] * self.trainer.world_size
@@ -357,12 +350,16 @@ class ResponseModule(LightningModule):
         return stepped and step > 0 and (step == 1 or step % every == 0)
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        if self._train_metrics is not None and self.should_log():
-            self.log_train(self._train_metrics)
-            if self.guard.skipped:
-                self.write({"train/skipped_steps": float(self.guard.skipped)})
+        self._log_if_due()
         if self.guard.agreed:  # checkpoints are saved before this hook, by callbacks
             raise Stopped(self.guard.agreed, self.trainer.global_step)
+
+    def _log_if_due(self) -> None:
+        metric = self._train_metrics
+        if metric is not None and metric.update_called and self.should_log():
+            self.log_train(metric)
+            if self.guard.skipped:
+                self.write({"train/skipped_steps": float(self.guard.skipped)})
 
     def on_validation_epoch_end(self) -> None:
         if self._val_metrics is not None:
@@ -394,3 +391,8 @@ class ResponseModule(LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(values, step=self.trainer.global_step)
             logger.save()
+
+
+def _sums(metric: Metric) -> dict[str, Tensor]:
+    """A metric's state on the CPU; all of it is sums."""
+    return {name: value.cpu() for name, value in metric.metric_state.items() if isinstance(value, Tensor)}

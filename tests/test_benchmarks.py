@@ -1,5 +1,6 @@
 """The benchmark of the training step, at sizes that say nothing of speed: every section runs and has its fields."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bfpo_pl.optimizers import AdamW32
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from speed import measure, plan, report, summary, trl_peer, variants, workload  # noqa: E402
+import step as benchmark  # noqa: E402
+from speed import machine, measure, plan, report, summary, trl_peer, variants, workload  # noqa: E402
 from speed.steps import START_LOSS, Ours, Setting  # noqa: E402
 
 TINY = {"shape": "tiny", "precision": "float32", "device": "cpu", "lengths": [[3, 9], [2, 8]], "pairs": 2, "batches": 2}
@@ -108,3 +112,117 @@ def test_a_step_changes_the_weights():
     before = [p.detach().clone() for p in step.parameters]
     step(step.prepare(workload.drawn(workload.Lengths((3, 5), (2, 4)), 1024, 2, seed=0)))
     assert not all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))
+
+
+# ---- a run that is stopped, and GPUs, as far as that goes without one ---------------------------------------------
+
+
+def sections(*names):
+    return [plan.Section(name, name, {}) for name in names]
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Processes that take so many seconds each on a clock of their own; gives the tasks that were started."""
+    clock, started = [0.0], []
+
+    def run(task, options, environment, timeout=None):
+        seconds = {"endless": 1e9}.get(task, 100.0)
+        started.append(task)
+        clock[0] += min(seconds, timeout)
+        if seconds > timeout:
+            return {"error": f"stopped after {timeout:.0f} s", "stopped": True}
+        return {"error": "no memory"} if task == "large" else {"ok": task}
+
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(benchmark, "in_a_new_process", run)
+    return started
+
+
+def test_a_section_that_the_end_of_the_time_stops_runs_in_the_next_call(processes, tmp_path):
+    work, partial = sections("a", "b", "large", "c"), tmp_path / "partial.json"
+    found, whole = benchmark.run(work, {}, partial, 350.0)
+    assert not whole
+    assert set(found) == {"a", "b", "large"}
+    found, whole = benchmark.run(work, {}, partial, 350.0)
+    assert whole
+    assert found["c"]["ok"] == "c"
+    assert found["large"]["error"] == "no memory"
+    assert processes == ["a", "b", "large", "c", "c"]
+
+
+def test_a_section_that_takes_more_than_a_call_fails(processes, tmp_path):
+    found, whole = benchmark.run(sections("endless", "a"), {}, tmp_path / "partial.json", 350.0)
+    assert not whole
+    assert "stopped after 350 s" in found["endless"]["error"]
+    found, whole = benchmark.run(sections("endless", "a"), {}, tmp_path / "partial.json", 350.0)
+    assert whole
+    assert processes == ["endless", "a"]
+
+
+def test_a_gpus_plan_gives_each_side_its_kinds_of_checkpointing_and_goes_round():
+    known = list(plan.ON_CUDA)
+    keys = [section.key for section in plan.on_cuda("7b", known)[1:]]
+    half = len(keys) // 2
+    assert [key.rpartition("/")[0] for key in keys[:half]] == [key.rpartition("/")[0] for key in keys[half:]]
+    kinds = {name: {s.options["checkpointing"] for s in plan.on_cuda("7b", [name])[1:]} for name in known}
+    assert kinds[variants.OURS] == kinds[variants.PEER] | {"selective"} == {"none", "selective", "full"}
+    assert {s.options["optimizer"] for s in plan.on_cuda("1b", known)} == {"AdamW32"}
+
+
+@pytest.fixture(scope="module")
+def on_a_gpu():
+    """What a GPU's run would give, from the CPU: every section of its plan in this process, but for TRL's."""
+    names = [name for name in plan.ON_CUDA if not name.startswith("TRL")]
+    found = {}
+    for section in plan.on_cuda("7b", names):
+        options = {**section.options, **TINY, "precision": "bf16-true", "batches": 1, "rounds": 1, "repeats": 1}
+        options |= {"tokens": 16, "response_tokens": 16}
+        found[section.key] = getattr(measure, f"task_{section.task}")(options)
+    return {
+        "sections": found,
+        "skipped": {},
+        "trl": "not installed",
+        "precision": "bf16-true",
+        "optimizer": "AdamW32",
+        "bf16_is_native": True,
+        "seconds": 1.0,
+        "machine": machine.describe(),
+        "environment": {"packages": {"torch": "2", "transformers": "5"}, "git": None, "started": "2026-01-01T00:00"},
+    }
+
+
+def test_a_gpus_results_are_put_together(on_a_gpu):
+    found = summary._compared(on_a_gpu["sections"])["ultrafeedback_like"]
+    assert len(found["kinds"]) == 9
+    ours = [each for each in found["kinds"].values() if each["name"] == variants.OURS]
+    assert {each["checkpointing"] for each in ours} == {"none", "selective", "full"}
+    assert found["variants"][variants.OURS]["minimum"] == min(each["minimum"] for each in ours)
+    assert all(len(times) == 2 for each in ours for times in each["seconds"])  # of two attempts
+    differences = {label: each["log_prob_difference"] for label, each in found["kinds"].items()}
+    assert max(differences.values()) < 0.01, differences
+    table = report._gpu_table(on_a_gpu)
+    assert "Optimizer of all: AdamW32" in table
+    assert f"| {variants.NAIVE}, full checkpointing |" in table
+    assert "both sides with full checkpointing" in table
+
+
+def test_log_probs_of_another_process_are_compared(on_a_gpu):
+    """Each variant has a process of its own there, in which it can be compared with nothing."""
+    wrong = copy.deepcopy(on_a_gpu)
+    for key, section in wrong["sections"].items():
+        if key.startswith(f"compare/{variants.NAIVE_CACHED}"):
+            section["variants"][variants.NAIVE_CACHED]["log_probs"][0] *= 1.5
+    found = summary._compared(wrong["sections"])["ultrafeedback_like"]["variants"]
+    assert found[variants.NAIVE_CACHED]["log_prob_difference"] > 0.1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+def test_trl_takes_our_optimizer_and_checkpointing():
+    setting = {**TINY, "variants": [variants.PEER], "rounds": 1, "precision": "bf16-true", "optimizer": "AdamW32"}
+    for kind in plan.ON_CUDA[variants.PEER]:
+        (found,) = measure.task_compare({**setting, "checkpointing": kind})["variants"].values()
+        assert found["first_loss"] == pytest.approx(START_LOSS, rel=0.05)
+        assert found["checkpointing"] == kind
+    step = trl_peer.TRL(Setting(workload.SHAPES["tiny"], "bf16-true", "cpu", "full", "AdamW32"), "cached")
+    assert isinstance(step.optimizer.optimizer, AdamW32)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bfpo_pl
+from bfpo_pl.cli import main as bfpo_main
 
 DPO = ["-c", "configs/base.yaml", "-c", "configs/experiment/dpo.yaml"]
 
@@ -134,6 +135,20 @@ def test_an_experiment_without_base_does_not_train_at_torchs_learning_rate(bfpo,
     text = refused(capsys, bfpo, "fit", *files, "--model.policy=TinyModel", *small)
     assert "model.optimizer" in text
     assert "configs/base.yaml" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "does"),
+    [("fit", ""), ("sft", "Trains a policy to give the responses"), ("reference", "Computes the log-probs of a fit's")],
+)
+def test_help_of_a_command_names_it_and_says_what_it_does(in_repository, capsys, command, does):
+    with pytest.raises(SystemExit) as stopped:
+        bfpo_main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert shown.startswith(f"usage: bfpo {command} ")
+    assert does in shown
+    assert "cli.py" not in shown.split("options:")[0]
 
 
 def test_help_of_a_component_and_the_list_of_components(bfpo, capsys):
@@ -454,6 +469,6 @@ def test_a_run_that_must_stop_says_why_and_names_the_rows(bfpo, base, small, mon
         bfpo("fit", *base, *small)
     assert caught.value.code == 1
     text = capsys.readouterr().err
-    assert "bfpo: error: The loss was NaN or infinite at optimizer step 0" in text
-    assert "MicroworldSafety[train]:" in text
+    assert "bfpo: error: The loss was NaN or infinite (rows of this step: MicroworldSafety[train]:" in text
+    assert "at optimizer step 0; the update was not applied" in text
     assert "Traceback" not in text

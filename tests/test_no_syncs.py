@@ -5,19 +5,22 @@ There is no device here: operations are watched that would wait for one, or copy
 
 import traceback
 
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from bfpo_pl.callbacks import progress
 from bfpo_pl.data.collate import collate
 from bfpo_pl.data.trees import PairTree
 from bfpo_pl.labeling import BFPO, HelpfulnessOnly, LabelingFunction, Linear
 from bfpo_pl.listing import subclasses
 from bfpo_pl.losses import Hinge, Logistic, PreferenceLoss, RobustLogistic, SafeChosenNLL, Squared
 from bfpo_pl.models.attention import AttentionBackend, Auto, Padded, Segments
-from bfpo_pl.models.reference import AdapterOff, FrozenCopy, SharedWeights
+from bfpo_pl.models.precomputed import Precomputed
+from bfpo_pl.models.reference import AdapterOff, FromColumn, FrozenCopy, SharedWeights
 from bfpo_pl.models.sources import TinyModel
 from bfpo_pl.models.trainable import Everything, LoRA, Select
 from bfpo_pl.module import PreferenceModule
@@ -99,7 +102,8 @@ def batches(count, pairs):
         for number in range(5):
             safe = tuple(torch.rand(2, generator=generator).tolist())
             responses = [ids(9), ids(9)] if pairs else [ids(9)]
-            row = PairTree(ids(12), responses, ((0, 1),) if pairs else (), {"safe": safe} if pairs else {})
+            columns = {"safe": safe, "reference_log_prob": (-3.0, -4.0)} if pairs else {}
+            row = PairTree(ids(12), responses, ((0, 1),) if pairs else (), columns)
             items.append((number % 2, row))
         made.append(collate(items, ("safety", "helpfulness"), (1.0, 0.5)))
     return made
@@ -109,7 +113,43 @@ def fused(parameters):
     return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
 
 
-def watched_fit(monkeypatch, folder, module, pairs=True):
+class Rows(LightningDataModule):
+    """The rows of batches, for a reference that is computed beforehand."""
+
+    streams = ("safety", "helpfulness")
+
+    def __init__(self, batches, folder):
+        super().__init__()
+        self.batches, self.cache_folder = batches, folder
+        trees = [tree for batch in batches if len(batch.pairs) for tree in trees_in(batch)]
+        self.rows = {("all", "train"): Places(trees)}
+
+    def train_dataloader(self):
+        return DataLoader(self.batches, batch_size=None, collate_fn=lambda batch: batch)
+
+
+class Places:
+    """Pair trees by their place."""
+
+    def __init__(self, trees):
+        self.trees = trees
+        self.lengths = np.array([len(t.prompt_ids) + sum(map(len, t.response_ids)) for t in trees])
+
+    def __len__(self):
+        return len(self.trees)
+
+    def at(self, places):
+        return [self.trees[place] for place in places]
+
+
+def trees_in(batch):
+    """The pair trees of a batch of pairs."""
+    starts, lengths = batch.segment_start.tolist(), batch.segment_length.tolist()
+    segments = [batch.tokens[a : a + n].tolist() for a, n in zip(starts, lengths, strict=True)]
+    return [PairTree(segments[n], segments[n + 1 : n + 3]) for n in range(0, len(segments), 3)]
+
+
+def watched_fit(monkeypatch, folder, module, pairs=True, bars=()):
     seen = Watched()
     for name in ("tolist", "numpy", "cpu"):
         original = getattr(torch.Tensor, name)
@@ -125,16 +165,17 @@ def watched_fit(monkeypatch, folder, module, pairs=True):
         max_steps=2,
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
+        enable_progress_bar=bool(bars),
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[seen],
+        callbacks=[*bars, seen],
         gradient_clip_val=1.0,
         accumulate_grad_batches=2,
         log_every_n_steps=1000,
     )
     monkeypatch.setattr(ResponseModule, "should_log", lambda self: False)
-    trainer.fit(module, DataLoader(data, batch_size=None, collate_fn=lambda batch: batch))
+    rows = Rows(data, folder)
+    trainer.fit(module, **({"datamodule": rows} if pairs else {"train_dataloaders": rows.train_dataloader()}))
     assert seen.steps == 3
     return seen.watch.found
 
@@ -182,6 +223,21 @@ def test_every_loss(monkeypatch, tmp_path, loss):
 def test_every_trainable_part(monkeypatch, tmp_path, trainable, reference, how):
     module = made(trainable=trainable, reference=reference, activation_checkpointing=how)
     assert_waits_once_an_update(watched_fit(monkeypatch, tmp_path, module))
+
+
+@pytest.mark.parametrize("reference", [Precomputed(verify=0), FromColumn()], ids=lambda each: type(each).__name__)
+def test_every_reference_that_was_computed_before(monkeypatch, tmp_path, reference):
+    assert_waits_once_an_update(watched_fit(monkeypatch, tmp_path, made(reference=reference)))
+
+
+def test_the_bar_of_a_terminal_reads_the_loss_now_and_then_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOSSES", 1e9)
+    bar = progress.StepProgress()
+    assert_waits_once_an_update(watched_fit(monkeypatch, tmp_path / "one", made(), bars=[bar]))
+    assert "loss" in bar._shown  # of the first batch
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOSSES", 0.0)
+    found = watched_fit(monkeypatch, tmp_path / "two", made(), bars=[progress.StepProgress()])
+    assert len(found) > 2
 
 
 def test_the_lists_hold_what_is_built_in():

@@ -21,17 +21,17 @@ HEAP_RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_":
 
 def describe() -> dict[str, Any]:
     """Model of the processor (and GPUs), cores, and the instruction sets that matter."""
-    model, flags = platform.processor(), ""
+    fields: dict[str, str] = {}
     with open("/proc/cpuinfo") as file:
         for line in file:
             key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() == "flags":
-                flags = value
+            fields.setdefault(key.strip(), value.strip())
+    flags = fields.get("flags", "")
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     return {
-        "cpu": model,
+        "cpu": fields.get("model name") or platform.processor(),
+        "cpu_family": fields.get("cpu family"),  # clouds hide the name, not the numbers
+        "cpu_model": fields.get("model"),
         "cores": len(os.sched_getaffinity(0)),
         "instruction_sets": [name for name in wanted if name in flags.split()],
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],

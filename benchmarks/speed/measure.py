@@ -31,7 +31,8 @@ def quiet() -> None:
 def setting_of(options: Options) -> Setting:
     """The setting that a task's options describe; ``changes`` replaces sizes of the shape."""
     shape = Shape(**{**vars(SHAPES[options["shape"]]), **options.get("changes", {})})
-    return Setting(shape, options["precision"], options["device"], options.get("checkpointing", "none"))
+    optional = {name: options[name] for name in ("checkpointing", "optimizer") if name in options}
+    return Setting(shape, options["precision"], options["device"], **optional)
 
 
 def batches_of(options: Options) -> list[list[PairTree]]:
@@ -114,6 +115,8 @@ def task_compare(options: Options) -> dict[str, Any]:
                 "minimum": sum(map(min, taken[name])) / len(batches),
                 "first_loss": losses[name][0],
                 "first_loss_expected": START_LOSS,
+                "checkpointing": setting.checkpointing,
+                "log_probs": log_probs[name].tolist(),
                 "log_prob_difference": float((log_probs[name] - standard).abs().max() / standard.abs().max()),
             }
             for name in built

@@ -15,6 +15,16 @@ GROWTH = [OURS, PEER, NAIVE_CACHED]
 WEIGHED = ["pairs", "length"]
 """Axes along which memory is measured, too."""
 SHARED = "ours, down_proj alone, shared reference"
+ON_CUDA = {
+    OURS: ("selective", "full", "none"),
+    PEER: ("full", "none"),
+    OURS_LIVE: ("selective", "full", "none"),
+    PEER_LIVE: ("full", "none"),
+    NAIVE_CACHED: ("full",),
+    NAIVE: ("full",),
+    SHARED: ("selective",),
+}
+"""Variants on a GPU, with the kinds of activation checkpointing that each is tried with."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +124,18 @@ def quick(precision: str, names: list[str], shape: str) -> list[Section]:
     ]
 
 
-def on_cuda(shape: str, names: list[str]) -> list[Section]:
-    """The main variants at a large shape, each in a process of its own, since two such models may not fit."""
-    base: dict[str, Any] = {"shape": shape, "precision": "bf16-true", "device": "cuda", "checkpointing": "selective"}
+def on_cuda(shape: str, names: list[str], optimizer: str = "AdamW32") -> list[Section]:
+    """The main variants at a large shape, each in a process of its own, since two such models may not fit.
+
+    Every variant is run with each kind of activation checkpointing that may suit it; which fits and which is fastest,
+    the results say. Attempts go round all variants, so that a slow moment of the machine does not fall on one alone.
+    """
+    base: dict[str, Any] = {"shape": shape, "precision": "bf16-true", "device": "cuda", "optimizer": optimizer}
     base |= {"lengths": "ultrafeedback_like", "pairs": 8, "batches": 2, "rounds": 3}
     plan = [Section("gemm", "gemm", {**base, "tokens": 8192, "response_tokens": 4096, "repeats": 20})]
-    for attempt in range(2 if shape == "1b" else 1):
-        for name in [OURS, PEER, NAIVE_CACHED, OURS_LIVE, PEER_LIVE, NAIVE, SHARED]:
-            if name in names:
-                plan.append(Section(f"compare/{name}/{attempt}", "compare", {**base, "variants": [name]}))
+    for attempt in range(3 if shape == "1b" else 2):
+        for name, kinds in ON_CUDA.items():
+            for kind in kinds if name in names else ():
+                options = {**base, "variants": [name], "checkpointing": kind}
+                plan.append(Section(f"compare/{name}, {kind} checkpointing/{attempt}", "compare", options))
     return plan

@@ -42,8 +42,10 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _machine(results: dict[str, Any]) -> str:
     machine, environment = results["machine"], results["environment"]
     packages, sections = environment["packages"], results["sections"]
+    family = machine.get("cpu_family")
+    numbers = f"family {family}, model {machine['cpu_model']}" if family else "family and model number not recorded"
     lines = [
-        f"{' and '.join(machine['gpus']) or machine['cpu']}, {machine['cores']} cores "
+        f"{' and '.join(machine['gpus']) or machine['cpu']} ({numbers}), {machine['cores']} cores "
         f"({', '.join(machine['instruction_sets']) or 'no vector extensions'}), load before the run "
         f"{machine['load'][0]:.1f}; torch {packages['torch']}, transformers {packages['transformers']}, TRL "
         f"{results['trl']}; revision `{((environment['git'] or {}).get('commit') or 'unknown')[:10]}`, "
@@ -68,6 +70,7 @@ def _tables(results: dict[str, Any]) -> str:
         _machine(results),
         "**Seconds a step**, minimum (median) over interleaved rounds, mean of the batches:\n\n" + _times(compared),
         "**How many times faster**, by minima (by medians):\n\n" + _ratios(results["summary"]["speed"]),
+        _bars(results),
         "**Each idea on and off**, time by that of `" + OURS + "`:\n\n" + _ideas(ideas),
         "**Memory of a step** above weights, gradients, optimizer state and reference, UltraFeedback-like:\n\n"
         + _memory(sections),
@@ -109,6 +112,11 @@ def _ratios(speed: dict[str, Any]) -> str:
         cells = [found.get(name) for found in speed.values()]
         rows.append([name, *(f"{cell['minimum']:.2f} ({cell['median']:.2f})" if cell else "–" for cell in cells)])
     return _table(["", *(NAMES[key] for key in speed)], rows)
+
+
+def _bars(results: dict[str, Any]) -> str:
+    lines = "\n".join(f"- {line}" for line in results["summary"]["bars"])
+    return f"**What was asked for** (of bfloat16 on two cores; here {results['precision']}), by minima:\n\n{lines}"
 
 
 def _ideas(ideas: dict[str, Any]) -> str:
@@ -199,15 +207,24 @@ def _checks(compared: list[dict[str, Any]]) -> str:
 
 
 def _gpu_table(results: dict[str, Any]) -> str:
-    from speed.summary import _compared
-
     sections = {key: found for key, found in results["sections"].items() if "error" not in found}
-    rows, shares = [], results["summary"].get("share_of_peak", {})
-    for lengths, found in _compared(sections).items():
-        for name, measured in found["variants"].items():
-            share = shares.get(lengths, {}).get(name)
-            cells = [f"{measured['minimum']:.3f} ({measured['median']:.3f})", f"{measured['peak_mb'] / 1024:.1f}"]
-            rows.append([name, *cells, f"{share:.0%}" if share else "–"])
-    failed = "; ".join(f"{key}: {error}" for key, error in results["summary"]["failed"].items())
-    table = _table(["", "s a step", "peak GB", "share of peak"], rows)
-    return f"{_machine(results)}\n\n{table}" + (f"\n\nFailed: {failed}." if failed else "")
+    found = summary._compared(sections).get("ultrafeedback_like", {"kinds": {}, "work": []})
+    short = summary.of(results)
+    useful = sum(batch["useful_gflop"] for batch in found["work"]) / max(1, len(found["work"]))
+    rows = []
+    for name, measured in found["kinds"].items():
+        share = useful / measured["minimum"] / short.get("gemm_peak_gflops", float("inf"))
+        shown = "down_proj" not in name and "live" not in name
+        cells = [f"{measured['minimum']:.3f} ({measured['median']:.3f})", f"{measured['peak_mb'] / 1024:.1f}"]
+        rows.append([name, *cells, f"{share:.0%}" if shown else "–"])
+    parts = [_machine(results), f"Optimizer of all: {results['optimizer']}."]
+    parts.append(_table(["", "s a step", "peak GB", "share of peak"], rows))
+    if found["kinds"]:
+        speed, full = short["speed"], short["speed_with_full_checkpointing"]
+        parts.append(
+            "How many times faster, each side with the checkpointing that is fastest for it:\n\n" + _ratios(speed)
+        )
+        parts.append("The same, both sides with full checkpointing:\n\n" + _ratios(full))
+        parts.append(_checks([{"variants": found["kinds"]}]))
+    failed = "; ".join(f"{key}: {error}" for key, error in short["failed"].items())
+    return "\n\n".join(parts) + (f"\n\nFailed: {failed}." if failed else "")

@@ -26,6 +26,7 @@ from bfpo_pl.models.attention import AttentionBackend
 from bfpo_pl.models.reference import FromColumn, FrozenCopy, Reference, SharedWeights
 from bfpo_pl.models.trainable import Everything, Select
 from bfpo_pl.module import PreferenceModule
+from bfpo_pl.optimizers import AdamW32
 from speed.workload import RandomModel, Shape, batch_of
 
 TAU = 0.1
@@ -50,12 +51,18 @@ class Setting:
         precision: ``float32``; ``bf16-mixed`` (float32 weights, autocast); ``bf16-true`` (bfloat16 weights).
         device: ``cpu`` or ``cuda``.
         checkpointing: Activation checkpointing: ``none``, or what `PreferenceModule` takes. Peers have theirs, or none.
+        optimizer: ``AdamW``, torch's, or ``AdamW32``, whose state is float32 whatever the weights are.
     """
 
     shape: Shape
     precision: str = "float32"
     device: str = "cpu"
     checkpointing: str = "none"
+    optimizer: str = "AdamW"
+
+    def optimizer_of(self, parameters: Any) -> torch.optim.Optimizer:
+        """The optimizer of every step, the same for each."""
+        return {"AdamW": torch.optim.AdamW, "AdamW32": AdamW32}[self.optimizer](parameters, **OPTIMIZER)
 
     @property
     def model(self) -> RandomModel:
@@ -123,7 +130,7 @@ class Ours(Step):
             setting.model,
             HelpfulnessOnly(),
             Squared(tau=TAU),
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, **OPTIMIZER),
+            optimizer=setting.optimizer_of,
             reference=REFERENCES[reference](),
             trainable=Select(patterns) if patterns else Everything(),
             attention=attention_classes()[backend](),
@@ -190,7 +197,7 @@ class Naive(Step):
         self.policy.train()
         self.frozen = None if self.cached else setting.model.load_model().requires_grad_(False).eval()
         self.parameters = list(self.policy.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, **OPTIMIZER)
+        self.optimizer = setting.optimizer_of(self.parameters)
 
     def prepare(self, trees: list[PairTree]) -> dict[str, Tensor]:
         rows = [(tree.prompt_ids, response) for tree in trees for response in tree.response_ids]

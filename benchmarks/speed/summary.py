@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from speed.variants import NAIVE, OURS, OURS_LIVE, PEER, PEER_LIVE
@@ -37,8 +38,12 @@ def of(results: dict[str, Any]) -> dict[str, Any]:
         "memory_above_state": _memory_ratios(memory),
         "failed": {key: found["error"] for key, found in results["sections"].items() if "error" in found},
     }
+    for lengths, found in compared.items():
+        if "kinds" in found:
+            full = {each["name"]: each for each in found["kinds"].values() if each["checkpointing"] == "full"}
+            summary["speed_with_full_checkpointing"] = {lengths: _ratios(full)}
     summary["bars"] = [
-        f"{name}, {lengths}: {ratios[name]['minimum']:.2f} (at least {least}, aim {aim}): "
+        f"{name}, {lengths}: {ratios[name]['minimum']:.2f} (at least {least:.2f}, aim {aim:.2f}): "
         + ("aim reached" if ratios[name]["minimum"] >= aim else "met" if ratios[name]["minimum"] >= least else "missed")
         for lengths, ratios in summary["speed"].items()
         for name, bars in BARS.items()
@@ -57,21 +62,46 @@ def of(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compared(sections: dict[str, Any]) -> dict[str, Any]:
-    """Comparisons by their lengths; those of a GPU, a process for each variant, put together."""
+    """Comparisons by their lengths; those of a GPU, a process for each variant, put together.
+
+    Of a GPU, ``variants`` has the fastest kind of activation checkpointing of each, ``kinds`` all of them.
+    """
     found: dict[str, Any] = {}
+    parts = []
     for key, section in sections.items():
         kind, _, rest = key.partition("/")
-        if kind != "compare":
-            continue
-        if "/" not in rest:
+        if kind == "compare" and "/" in rest:
+            parts.append(section)
+        elif kind == "compare":
             found[rest] = section
-            continue
-        together = found.setdefault("ultrafeedback_like", {"variants": {}, "work": section["work"]})
-        for variant, measured in section["variants"].items():
-            known = together["variants"].get(variant)
-            fastest = {k: min(measured[k], known[k]) if known else measured[k] for k in ("median", "minimum")}
-            together["variants"][variant] = {**measured, **fastest, "peak_mb": section["peak_mb"]}
+    if parts:
+        found["ultrafeedback_like"] = _together(parts)
     return found
+
+
+def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rounds of all attempts of each variant and kind of checkpointing; log-probs against the first's."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for name, measured in part["variants"].items():
+            label = f"{name}, {measured['checkpointing']} checkpointing"
+            empty: list[list[float]] = [[] for _ in measured["seconds"]]
+            held = kinds.setdefault(label, {**measured, "name": name, "peak_mb": 0.0, "seconds": empty})
+            for times, more in zip(held["seconds"], measured["seconds"], strict=True):
+                times += more
+            held["peak_mb"] = max(held["peak_mb"], part["peak_mb"] or 0.0)
+    standard = next(iter(kinds.values()))["log_probs"]
+    for measured in kinds.values():
+        times = measured["seconds"]
+        measured |= {"median": sum(map(median, times)) / len(times), "minimum": sum(map(min, times)) / len(times)}
+        differences = [abs(value - right) for value, right in zip(measured["log_probs"], standard, strict=True)]
+        measured["log_prob_difference"] = max(differences) / max(map(abs, standard))
+    slowest_first = sorted(kinds.values(), key=lambda measured: -measured["minimum"])
+    return {
+        "variants": {measured["name"]: measured for measured in slowest_first},
+        "kinds": kinds,
+        "work": parts[0]["work"],
+    }
 
 
 def _ratios(variants: dict[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from bfpo_pl.data.trees import PairTree
-from speed.steps import CLIP, OPTIMIZER, TAU, Setting, Step
+from speed.steps import CLIP, TAU, Setting, Step
 
 SWITCHED_ON = [
     "loss_type=ipo, beta such that the loss at policy = reference is 25, as ours",
-    "fused AdamW (optim=adamw_torch_fused), the same hyperparameters",
-    "gradient_checkpointing=False where ours has none",
+    "our optimizer, fused AdamW, with the same hyperparameters; AdamW32 on a GPU, where weights are bfloat16",
+    "gradient_checkpointing=False on a CPU, as ours; on a GPU with and without it",
     "bf16 autocast by accelerator.prepare where ours has autocast",
     "precompute_ref_log_probs=True in the cached variants, by its own compute_ref_log_probs",
     "response rows alone meet the vocabulary (its behaviour on GPUs, forced on CPU) except in 'as shipped'",
@@ -53,7 +53,7 @@ class TRL(Step):
         self.compact, self.metrics = compact, metrics
         self._folder = tempfile.TemporaryDirectory()
         self.trainer = self._trainer()
-        optimizer = torch.optim.AdamW(self.trainer.model.parameters(), **OPTIMIZER)
+        optimizer = setting.optimizer_of(self.trainer.model.parameters())
         accelerator = self.trainer.accelerator
         # Without prepare the policy would run in float32 whatever `bf16` says.
         self.model, self.optimizer = accelerator.prepare(self.trainer.model, optimizer)

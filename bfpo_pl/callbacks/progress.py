@@ -21,6 +21,7 @@ from rich.progress import (
 
 SECONDS_VARIABLE = "BFPO_PROGRESS_SECONDS"
 """Environment variable: least time between two progress lines, in seconds."""
+_SECONDS_BETWEEN_LOSSES = 5.0  # that the bar shows: reading one waits for the device
 
 
 class LineProgress(ProgressBar):
@@ -65,6 +66,8 @@ class StepProgress(ProgressBar):
         super().__init__()
         self._enabled = True
         self._bar: Progress | None = None
+        self._read = -math.inf
+        self._shown = "training"
 
     def enable(self) -> None:
         self._enabled = True
@@ -84,10 +87,14 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._bar is not None and batch_idx % 5 == 0:
+        if self._bar is None:
+            return
+        now = time.monotonic()
+        if now - self._read >= _SECONDS_BETWEEN_LOSSES:
+            self._read = now
             loss = trainer.progress_bar_metrics.get("loss")
-            shown = f"training, loss {loss:.4g}" if loss is not None else "training"
-            self._bar.update(self._bar.tasks[0].id, completed=trainer.global_step, description=shown)
+            self._shown = f"training, loss {loss:.4g}" if loss is not None else "training"
+        self._bar.update(self._bar.tasks[0].id, completed=trainer.global_step, description=self._shown)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar is not None:

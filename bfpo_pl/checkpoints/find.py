@@ -111,7 +111,7 @@ def find_checkpoint(asked: str | None, experiment: Path, own: Path | None = None
         if folder is None or not checkpoints_in(folder):
             raise UserError(f"--ckpt_path={asked}: there is no run with a checkpoint in {own or experiment}.")
         path = _best(folder, verify) if asked == "best" else _newest(folder, verify)
-        rank_zero_info(f"--ckpt_path={asked} is {path}")
+        rank_zero_info(f"The {asked} checkpoint is {path}")
     elif Path(asked).is_dir() and checkpoints_in(Path(asked)):
         path = _newest(Path(asked), verify)
         rank_zero_info(f"The newest complete checkpoint of {asked} is {path.name}")
@@ -215,4 +215,8 @@ def half_written(folder: Path) -> list[Path]:
 
 def _age(path: Path) -> tuple[int, int]:
     step = checkpoint_step(path)
-    return (-1 if step is None else step, path.lstat().st_mtime_ns)
+    try:
+        changed = path.lstat().st_mtime_ns
+    except FileNotFoundError:  # a run that is running has renamed it meanwhile
+        changed = 0
+    return -1 if step is None else step, changed

@@ -209,7 +209,7 @@ class RunCheckpoints(ModelCheckpoint):
     def _score(self, trainer: Trainer) -> float | None:
         if self.monitor is None or (self._is_validations and self._validated_step != trainer.global_step):
             return None
-        value = trainer.callback_metrics.get(self.monitor)
+        value = self._monitor_candidates(trainer).get(self.monitor)  # metrics, and ``step`` and ``epoch``
         return float(value) if value is not None and math.isfinite(value) else None
 
     def _score_validated(self, trainer: Trainer) -> None:

@@ -34,7 +34,7 @@ def collate(
         pair_columns: The same for per-pair columns.
 
     Raises:
-        ValueError: A tree lacks a column.
+        ValueError: A tree lacks a column, or its prompt or a response has no token.
     """
     trees = [tree for _, tree in trees_by_stream]
     layout = _Layout()
@@ -88,6 +88,9 @@ class _Layout:
         """Puts a tree at the end: the prompt, then its responses."""
         first_response, prompt = len(self.response_segment), len(self.segments)
         count = len(tree.response_ids)
+        if not all(map(len, (tree.prompt_ids, *tree.response_ids))):
+            what = "a response" if len(tree.prompt_ids) else "the prompt, after which the first token is predicted,"
+            raise ValueError(f"{tree.origin or 'A row'}: {what} has no token.")
         self.segments += [tree.prompt_ids, *tree.response_ids]
         self.first_positions += [0, *[len(tree.prompt_ids)] * count]
         self.response_segment += range(prompt + 1, prompt + 1 + count)

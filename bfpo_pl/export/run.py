@@ -98,7 +98,7 @@ def checkpoint_of(run: Path, which: str) -> Path:
         UserError: There is none; the message lists those that there are.
     """
     folder = run / CHECKPOINTS
-    if which not in ("last", "best") and (folder / which).exists():
+    if which not in ("last", "best") and not Path(which).exists():
         which = str(folder / which)
     found = find_checkpoint(which, run.parent, folder)
     assert found is not None

@@ -29,6 +29,10 @@ class AttentionBackend(Component, ABC):
         """
         return self
 
+    def routes(self, device: torch.device) -> tuple[AttentionBackend, ...]:
+        """What may run a batch on a device: this backend, or, if it chooses among others, those besides `Padded`."""
+        return (self,)
+
     @abstractmethod
     def predicting_states(self, backbone: nn.Module, batch: PairBatch) -> Tensor:
         """Final hidden states at the positions that predict each response token.
@@ -168,6 +172,11 @@ class Auto(AttentionBackend):
     def prepare(self, model: PreTrainedModel) -> AttentionBackend:
         chosen = self._unfold.prepare(model)
         return self if chosen is self._unfold else chosen
+
+    def routes(self, device: torch.device) -> tuple[AttentionBackend, ...]:
+        if device_obstacle(device) is None:
+            return (self._varlen,)
+        return (self._unfold, self._segments) if device_type(device) == "cpu" else (self._unfold,)
 
     def choice(self, batch: PairBatch) -> AttentionBackend:
         """The backend for a batch, by its device and sizes."""

@@ -20,6 +20,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from bfpo_pl.models.device_type import device_type
 
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -27,7 +29,7 @@ class LogitTransform:
 
     Args:
         scale: Factor (Cohere, Granite).
-        cap: Soft cap (Gemma); none by default.
+        cap: Soft cap (Gemma, RecurrentGemma, xLSTM); none by default.
     """
 
     scale: float = 1.0
@@ -39,9 +41,10 @@ class LogitTransform:
         config = config.get_text_config()
         scale = getattr(config, "logit_scale", None)  # Cohere
         scaling = getattr(config, "logits_scaling", None)  # Granite
+        caps = [cap for name in _CAPS if (cap := getattr(config, name, None)) is not None]
         return cls(
             scale=(1.0 if scale is None else scale) / (1.0 if scaling is None else scaling),
-            cap=getattr(config, "final_logit_softcapping", None),  # Gemma
+            cap=caps[0] if caps else None,
         )
 
     def __call__(self, logits: Tensor) -> Tensor:

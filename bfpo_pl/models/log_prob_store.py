@@ -15,6 +15,8 @@ from bfpo_pl.data.arrow import read_shard, write_shard
 from bfpo_pl.data.trees import Ids, PairTree
 
 _CHECKSUM = b"checksum"
+_Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Keys ``[N]`` uint64, log-probs ``[N]`` float64 and lengths ``[N]`` int64 of responses."""
 
 
 def response_keys(prompt: Ids, responses: Iterable[Ids]) -> list[int]:
@@ -75,17 +77,18 @@ class LogProbStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._keys, self._sums, self._lengths = _empty()
+        self._added: list[_Columns] = []
+        self._unwritten: list[_Columns] = []
         self.read()
 
     def __len__(self) -> int:
+        self._take_in()
         return len(self._keys)
 
     def read(self) -> None:
         """Takes in all parts that are on disk now."""
-        parts = [part for path in sorted(self.folder.glob("*.arrow")) if (part := _read(path)) is not None]
         self._keys, self._sums, self._lengths = _empty()
-        if parts:
-            self._take(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        self._added = [part for path in sorted(self.folder.glob("*.arrow")) if (part := _read(path)) is not None]
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What is known of responses.
@@ -96,43 +99,58 @@ class LogProbStore:
         Returns:
             ``[N]`` whether each is known; ``[N]`` float64, its log-prob summed over tokens; ``[N]`` its length.
         """
+        self._take_in()
         if not len(self._keys):
             return np.zeros(len(keys), dtype=bool), np.zeros(len(keys)), np.zeros(len(keys), dtype=np.int64)
         places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         return self._keys[places] == keys, self._sums[places], self._lengths[places]
 
-    def add(self, keys: np.ndarray, sums: np.ndarray, lengths: np.ndarray, on_disk: bool = True) -> None:
-        """Takes in log-probs that were computed.
+    def add(self, keys: np.ndarray, sums: np.ndarray, lengths: np.ndarray) -> None:
+        """Takes in log-probs that were computed, in memory; `write` puts them on disk.
 
         Args:
             keys: ``[N]`` uint64.
             sums: ``[N]``, log-probs summed over tokens.
             lengths: ``[N]``, tokens of each response.
-            on_disk: Write them, too.
+        """
+        columns = (keys, sums.astype(np.float64), lengths.astype(np.int64))
+        self._added.append(columns)
+        self._unwritten.append(columns)
+
+    def write(self) -> None:
+        """Writes what was added since the last time, as one part.
 
         Raises:
             RunError: The folder cannot be written.
         """
-        columns = (keys, sums.astype(np.float64), lengths.astype(np.int64))
-        if on_disk and len(keys):
-            arrays = [pa.array(column) for column in columns]
-            schema = pa.schema(
-                [("key", pa.uint64()), ("log_prob", pa.float64()), ("length", pa.int64())],
-                {_CHECKSUM: _checksum(columns)},
-            )
-            name = xxhash.xxh3_64_hexdigest(keys.tobytes())
-            write_shard(self.folder / f"part-{name}.arrow", pa.RecordBatch.from_arrays(arrays, schema=schema))
-        self._take(
-            *(np.concatenate(pair) for pair in zip((self._keys, self._sums, self._lengths), columns, strict=True))
+        columns = _joined(self._unwritten)
+        self._unwritten = []
+        if not len(columns[0]):
+            return
+        schema = pa.schema(
+            [("key", pa.uint64()), ("log_prob", pa.float64()), ("length", pa.int64())],
+            {_CHECKSUM: _checksum(columns)},
         )
+        name = xxhash.xxh3_64_hexdigest(columns[0].tobytes())
+        part = pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=schema)
+        write_shard(self.folder / f"part-{name}.arrow", part)
 
-    def _take(self, keys: np.ndarray, sums: np.ndarray, lengths: np.ndarray) -> None:
-        self._keys, first = np.unique(keys, return_index=True)
-        self._sums, self._lengths = sums[first], lengths[first]
+    def _take_in(self) -> None:
+        """Sorts what was added into what is known; what was known stays."""
+        if self._added:
+            keys, sums, lengths = _joined([(self._keys, self._sums, self._lengths), *self._added])
+            self._added = []
+            self._keys, first = np.unique(keys, return_index=True)
+            self._sums, self._lengths = sums[first], lengths[first]
 
 
-def _empty() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _empty() -> _Columns:
     return np.zeros(0, dtype=np.uint64), np.zeros(0), np.zeros(0, dtype=np.int64)
+
+
+def _joined(parts: Sequence[_Columns]) -> _Columns:
+    keys, sums, lengths = (np.concatenate(columns) for columns in zip(_empty(), *parts, strict=True))
+    return keys, sums, lengths
 
 
 def _checksum(columns: Sequence[np.ndarray]) -> str:
@@ -142,11 +160,12 @@ def _checksum(columns: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[np.ndarray, ...] | None:
+def _read(path: Path) -> _Columns | None:
     """The columns of a part; None if it is damaged, which removes it."""
     try:
         batch = read_shard(path)
-        columns = tuple(batch.column(name).to_numpy() for name in ("key", "log_prob", "length"))
+        keys, sums, lengths = (batch.column(name).to_numpy() for name in ("key", "log_prob", "length"))
+        columns = (keys, sums, lengths)
         if batch.schema.metadata[_CHECKSUM].decode() == _checksum(columns):
             return columns
     except (pa.ArrowException, KeyError, TypeError, EOFError, StopIteration, OSError):

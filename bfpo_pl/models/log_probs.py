@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bfpo_pl.batch import Annotations, PairBatch
-from bfpo_pl.component import check_range
+from bfpo_pl.batch import PairBatch
+from bfpo_pl.component import UserError, check_range
+from bfpo_pl.data.collate import collate
+from bfpo_pl.data.trees import PairTree
 from bfpo_pl.models.attention import AttentionBackend, Padded
 from bfpo_pl.models.cudnn import turn_off_cudnn_attention
 from bfpo_pl.models.head import head_logits, token_log_probs
@@ -65,18 +67,26 @@ def bind_log_probs(
     """Gives a network the methods ``METHODS``, in place: a sharded root gathers its parameters only in its own methods.
 
     ``response_log_probs(batch)`` is :func:`response_log_probs` with these settings, ``response_log_probs(batch,
-    reduction)`` with another reduction; ``head_discrepancy(tokens)`` and ``attention_discrepancy(tokens)`` are the
-    functions of those names. The attention backend prepares the network.
+    reduction)`` with another reduction; ``head_discrepancy(device)`` and ``attention_discrepancy(device)`` are
+    the functions of those names. The attention backend prepares the network.
+
+    Raises:
+        UserError: The network has no part below its output head where transformers says it is.
     """
     check_range(model, "chunk_size", chunk_size, 1)
+    if model.base_model is model:
+        raise UserError(
+            f"{type(model).__name__} cannot be used: transformers says that its network below the output head is "
+            f"'{model.base_model_prefix}', and it has nothing of that name. Name another model."
+        )
     turn_off_cudnn_attention()
     attention = attention.prepare(model)
 
     def log_probs(self: PreTrainedModel, batch: PairBatch, reduction: Literal["sum", "mean"] = reduction) -> Tensor:
         return response_log_probs(self, batch, attention, reduction, chunk_size)
 
-    def discrepancy(self: PreTrainedModel, tokens: Tensor) -> Tensor:
-        return attention_discrepancy(self, tokens, attention)
+    def discrepancy(self: PreTrainedModel, device: torch.device) -> Tensor:
+        return attention_discrepancy(self, device, attention)
 
     model.response_log_probs = MethodType(log_probs, model)  # type: ignore[assignment]
     model.head_discrepancy = MethodType(head_discrepancy, model)  # type: ignore[assignment]
@@ -84,16 +94,21 @@ def bind_log_probs(
 
 
 @torch.no_grad()
-def head_discrepancy(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Largest difference between the model's own logits and `head_logits` on tokens ``[T]``, relative to their spread.
+def head_discrepancy(model: PreTrainedModel, device: torch.device) -> Tensor:
+    """Largest difference between the model's own logits and `head_logits` on a few tokens, relative to their spread.
 
     Anything but rounding means that the model does something to its logits that `head_logits` does not know.
+
+    Args:
+        model: A causal language model.
+        device: Where it computes; weights that are offloaded are elsewhere.
     """
+    tokens = torch.tensor([_distinct_tokens(model, 8)], device=device)
     training = model.training
     model.eval()  # two passes are compared, which active dropout would tell apart
     try:
-        own = model(input_ids=tokens[None], use_cache=False).logits[0]
-        ours = head_logits(model, model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0])
+        own = model(input_ids=tokens, use_cache=False).logits[0]
+        ours = head_logits(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0])
     finally:
         model.train(training)
     own, ours = (logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (own, ours))
@@ -101,43 +116,40 @@ def head_discrepancy(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_discrepancy(model: PreTrainedModel, tokens: Tensor, attention: AttentionBackend) -> Tensor:
+def attention_discrepancy(model: PreTrainedModel, device: torch.device, attention: AttentionBackend) -> Tensor:
     """Difference of the final hidden states under an attention backend from those of plain rows, relative to them.
 
     Anything but rounding means that the network attends in a way that the backend does not know, so that responses may
-    have seen each other. Root mean squares: in half precision a few of many states differ by more than the rest.
+    have seen each other. Root mean squares: in half precision a few of many states differ by more than the rest. Of a
+    backend that chooses among others, the largest difference of those it may choose.
 
     Args:
         model: A causal language model.
-        tokens: ``[8]`` int64, taken for a prompt of four tokens and two responses of two.
+        device: Where it computes.
         attention: The attention backend, with the network prepared for it.
     """
-    batch = _two_responses(tokens)
+    batch = _two_trees(model).to(device)
     training = model.training
     model.eval()
     try:
-        plain, ours = (backend.predicting_states(model.base_model, batch).double() for backend in (Padded(), attention))
+        plain = Padded().predicting_states(model.base_model, batch).double()
+        routes = [route.predicting_states(model.base_model, batch).double() for route in attention.routes(device)]
     finally:
         model.train(training)
-    return (plain - ours).norm() / plain.norm()
+    return torch.stack([(states - plain).norm() for states in routes]).max() / plain.norm()
 
 
-def _two_responses(tokens: Tensor) -> PairBatch:
-    """A batch of one tree out of eight tokens."""
+def _distinct_tokens(model: PreTrainedModel, count: int) -> list[int]:
+    """Token ids, the same for all ranks and batches: among equal ones it would not show who sees whom."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return [place * vocabulary // (count + 1) for place in range(1, count + 1)]
 
-    def table(*values: int) -> Tensor:
-        return tokens.new_tensor(values)
 
-    return PairBatch(
-        tokens=tokens,
-        positions=table(0, 1, 2, 3, 4, 5, 4, 5),
-        segment_start=table(0, 4, 6),
-        segment_length=table(4, 2, 2),
-        response_segment=table(1, 2),
-        prompt_segment=table(0, 0),
-        response_stream=table(0, 0),
-        pair_stream=table(0),
-        stream_weight=torch.ones(1, device=tokens.device),
-        annotations=Annotations(pairs=table(0, 1)[None]),
-        streams=("check",),
-    )
+def _two_trees(model: PreTrainedModel) -> PairBatch:
+    """A batch of two prompts with three responses and two, of different lengths.
+
+    No response has a single token: nothing is predicted at it, so it could see what it would.
+    """
+    ids = _distinct_tokens(model, 17)
+    trees = [PairTree(ids[:3], [ids[3:5], ids[5:8], ids[8:10]]), PairTree(ids[10:12], [ids[12:15], ids[15:]])]
+    return collate([(0, tree) for tree in trees], ["check"], [1.0])

@@ -26,16 +26,19 @@ from bfpo_pl.data.progress import telling
 from bfpo_pl.data.trees import PairTree
 from bfpo_pl.models.log_prob_store import LogProbStore, batch_keys, tree_keys
 from bfpo_pl.models.reference import FrozenCopy, Loader, OtherNetwork, RunContext, frozen, has_adapter
+from bfpo_pl.models.rotary import length_of_other_angles
 from bfpo_pl.models.sources import ModelSource
 
 LOGP_VERSION = 1
 """To be raised whenever log-probs are computed otherwise, so that what was kept before is not read again."""
 
 _AT_ONCE = 1024  # rows that are looked at together
-_PART_BATCHES = 32  # batches of each process between two parts on disk: what an interruption costs
+_SECONDS_BETWEEN_PARTS = 30.0  # that are written to disk: what a process that is killed has computed in vain
 _ROWS_WORTH_TELLING = 200
 _SECONDS_TO_WAIT = 20.0  # for another run, before all processes hear that it still computes
-_ROUNDING, _HALF_ROUNDING = 1e-4, 0.02  # relative differences of log-probs from batch to batch
+_SAMPLE = 256  # responses whose log-probs a checkpoint keeps
+_ROUNDING, _HALF_ROUNDING = 1e-3, 0.2
+"""Nats by which log-probs may differ from batch to batch, times the root of the tokens: rounding has no direction."""
 
 
 class Precomputed(OtherNetwork):
@@ -71,6 +74,9 @@ class Precomputed(OtherNetwork):
         self._column = ""
         self._mean = False
         self._dtype = torch.float32
+        self._rounding = _ROUNDING
+        self._sample: dict[str, float] = {}
+        self._held: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"Precomputed(source={self.source!r}, batch_tokens={self.batch_tokens}, verify={self.verify})"
@@ -100,8 +106,11 @@ class Precomputed(OtherNetwork):
         run = context()
         self._column, self._mean = f"{name}_log_prob", run.reduction == "mean"
         self._dtype = torch.promote_types(run.policy.dtype, torch.float32)
+        half = "16" in f"{run.policy.dtype} {run.precision}" or torch.get_float32_matmul_precision() != "highest"
+        self._rounding = _HALF_ROUNDING if half else _ROUNDING
         folder = run.cache / "reference" / run.strategy.broadcast(self._key(run) if run.rank == 0 else "")
         rows = _Rows(run.rows)
+        self._check_lengths(rows, run)
         began = time.perf_counter()
         with _sole(folder, run):
             self._store = LogProbStore(folder)
@@ -112,9 +121,66 @@ class Precomputed(OtherNetwork):
                     self._verify(rows, verified, network, run)
                     self._compute(rows, missing, network, run, f"log-probs of {name}")
         self.computed = int(rows.counts[missing].sum())
+        count = len(rows.keys)
+        chosen = np.unique(rows.keys[np.linspace(0, count, min(count, _SAMPLE), endpoint=False).astype(np.int64)])
+        self._sample = dict(zip(map(str, chosen.tolist()), self._store.find(chosen)[1].tolist(), strict=True))
+        self._check_held()
         rank_zero_info(
             f"Reference '{name}': log-probs of {len(rows.keys) - self.computed:,} responses found and of "
             f"{self.computed:,} computed in {time.perf_counter() - began:.0f} s ({folder})."
+        )
+
+    def _check_lengths(self, rows: _Rows, run: RunContext) -> None:
+        """Refuses rows whose log-probs would depend on the batch in which they are computed.
+
+        Raises:
+            UserError: There are such rows.
+        """
+        limit = length_of_other_angles(run.policy.config)
+        if limit is not None and rows.longest > limit:
+            raise UserError(
+                f"Precomputed: in batches with a row of more than {limit} tokens {type(run.policy).__name__} turns "
+                f"all tokens by other angles (rotary embeddings of type longrope or dynamic), and the longest row has "
+                f"{rows.longest}: log-probs that were computed in other batches would be wrong. Set model.reference "
+                f"to FrozenCopy, AdapterOff or SharedWeights, or data.truncation.max_length to {limit}."
+            )
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._store is None else {"store": self._store.folder.name, "log_probs": self._sample}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        self._held = state
+        self._check_held()  # sharded strategies restore a checkpoint after `fill`, others before
+
+    def _check_held(self) -> None:
+        """Compares what is kept with what the checkpoint's run trained with, if its reference was the same.
+
+        Raises:
+            RunError: They differ by more than rounding.
+        """
+        if self._store is None or self._held.get("store") != self._store.folder.name:
+            return
+        keys = np.array([int(key) for key in self._held["log_probs"]], dtype=np.uint64)
+        known, kept, lengths = self._store.find(keys)
+        trained = np.array(list(self._held["log_probs"].values()))
+        self._check_equal(kept[known], trained[known], lengths[known], "in the checkpoint's run")
+
+    def _check_equal(self, kept: np.ndarray, other: np.ndarray, lengths: np.ndarray, where: str) -> None:
+        """Compares kept log-probs ``[N]`` of responses of some lengths ``[N]`` with others of the same responses.
+
+        Raises:
+            RunError: One of them, or all together, differ by more than rounding.
+        """
+        assert self._store is not None
+        difference = np.abs(other - kept) / np.sqrt(lengths)
+        together = abs((other - kept).sum()) / np.sqrt(max(1, lengths.sum()))
+        if max(together, difference.max(initial=0.0)) <= self._rounding:
+            return
+        worst = int(np.argmax(difference))
+        raise RunError(
+            f"The log-probs in {self._store.folder} are not those of this reference: a response of {lengths[worst]} "
+            f"tokens has {kept[worst]:.6g} there and {other[worst]:.6g} {where}, and on average {len(kept)} responses "
+            f"differ by {(other - kept).mean():.3g} nats. Remove that folder; they are then computed again."
         )
 
     def _key(self, run: RunContext) -> str:
@@ -163,15 +229,24 @@ class Precomputed(OtherNetwork):
         self, rows: _Rows, missing: np.ndarray, network: Callable[[PairBatch], Tensor], run: RunContext, label: str
     ) -> None:
         assert self._store is not None
+        # Every machine keeps them, for they may share no disk; where they do, all write the same file.
+        writes = int(getattr(run.strategy, "local_rank", 0)) == 0
         batches = rows.batches(missing, self.batch_tokens)
-        with telling(label, len(missing), _ROWS_WORTH_TELLING) as advance:
-            step = _PART_BATCHES * run.shares[1]
-            for part in (batches[start : start + step] for start in range(0, len(batches), step)):
-                done = np.concatenate(part)
-                keys, sums, lengths = self._values(rows, part, network, run)
-                # Every machine keeps them, for they may share no disk; where they do, all write the same file.
-                self._store.add(keys, sums, lengths, on_disk=int(getattr(run.strategy, "local_rank", 0)) == 0)
-                advance(len(done))
+        _, world = run.shares
+        turns = [batches[start : start + world] for start in range(0, len(batches), world)]
+        written = time.monotonic()
+        try:
+            with telling(label, len(missing), _ROWS_WORTH_TELLING) as advance:
+                for turn in turns:
+                    self._store.add(*self._values(rows, turn, network, run))
+                    advance(sum(map(len, turn)))
+                    if run.strategy.broadcast(time.monotonic() - written >= _SECONDS_BETWEEN_PARTS):
+                        if writes:
+                            self._store.write()
+                        written = time.monotonic()
+        finally:  # at the end, and where the run is interrupted
+            if writes:
+                self._store.write()
 
     @staticmethod
     @torch.no_grad()
@@ -207,17 +282,9 @@ class Precomputed(OtherNetwork):
         if not len(chosen):
             return
         assert self._store is not None
-        keys, again, _ = self._values(rows, rows.batches(chosen, self.batch_tokens), network, run)
+        keys, again, lengths = self._values(rows, rows.batches(chosen, self.batch_tokens), network, run)
         kept = self._store.find(keys)[1]
-        half = "16" in f"{run.policy.dtype} {run.precision}"
-        tolerance = _HALF_ROUNDING if half else _ROUNDING
-        wrong = np.abs(again - kept) > tolerance * np.maximum(1.0, np.abs(again))
-        if wrong.any():
-            worst = int(np.argmax(np.abs(again - kept)))
-            raise RunError(
-                f"The log-probs in {self._store.folder} are not those of this reference: a response has "
-                f"{kept[worst]:.6g} there and {again[worst]:.6g} now. Remove that folder; they are then computed again."
-            )
+        self._check_equal(kept, again, lengths, "now")
         rank_zero_info(
             f"Verified {len(chosen)} rows of kept log-probs: they differ by at most {np.abs(again - kept).max():.2g}."
         )
@@ -230,11 +297,15 @@ class _Rows:
         self._trees = list(by_stream.values())
         self._ends = np.cumsum([0, *map(len, self._trees)])
         keys, counts = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.int64)]
+        self.longest = 0
+        """Tokens of the longest prompt and response together."""
         for trees in self._trees:
             for start in range(0, len(trees), _AT_ONCE):
                 some = trees.at(range(start, min(start + _AT_ONCE, len(trees))))
                 keys.append(tree_keys(some))
                 counts.append(np.array([len(tree.response_ids) for tree in some], dtype=np.int64))
+                whole = (len(tree.prompt_ids) + len(ids) for tree in some for ids in tree.response_ids)
+                self.longest = max(self.longest, *whole)
         self.keys: np.ndarray = np.concatenate(keys)
         """``[R]``, of all rows, one row's after the other's."""
         self.counts: np.ndarray = np.concatenate(counts)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -128,6 +128,17 @@ class Reference(Component, ABC):
     def annotate(self, batch: PairBatch) -> PairBatch:
         """Gives a batch, still on the CPU, what the reference knows of its rows."""
         return batch
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the reference, as plain data."""
+        return {}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Compares what a checkpoint kept with what the reference is now; called once, before or after `fill`.
+
+        Raises:
+            RunError: They are not the same reference.
+        """
 
     @abstractmethod
     def log_probs(self, policy: PreTrainedModel, batch: PairBatch) -> Tensor:

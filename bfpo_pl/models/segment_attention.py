@@ -6,6 +6,8 @@ of its prompt and itself: its last query stands at its last key.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,6 +16,9 @@ from torch.nn.attention.varlen import varlen_attn
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.models.device_type import device_type, is_planned
 from bfpo_pl.models.tree_attention import Copies, Scores, TreeLayout, TreeRows, in_compute_dtype, soft_capped
+
+_ARGUMENTS = {"scale", "window_size", "enable_gqa"}
+"""What the kernel is given besides tensors and sizes; torch added them one after the other."""
 
 
 class SegmentLoop(TreeLayout):
@@ -45,7 +50,7 @@ class SegmentLoop(TreeLayout):
             else:
                 first_key, first_value = k, v
             outputs.append(self._attend(q, k, v, scores))
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # as transformers' own: some layers view it
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Attention of one response, ``[1, heads, queries, D]``."""
@@ -136,6 +141,8 @@ def device_obstacle(device: torch.device) -> str | None:
     """Why the kernel for sequences of different lengths cannot run on a device; None if it can."""
     if (kind := device_type(device)) != "cuda":
         return f"its kernel runs on CUDA devices alone, not on {kind}"
+    if lacking := _ARGUMENTS - set(inspect.signature(varlen_attn).parameters):
+        return f"this torch's kernel lacks {', '.join(sorted(lacking))}, which torch 2.13 has"
     if is_planned():
         return None
     major, minor = torch.cuda.get_device_capability(device)

@@ -30,11 +30,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     cached_file,
+    find_adapter_config_file,
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -280,6 +282,13 @@ class HFModel(ModelSource):
             raise ModelSourceError(
                 f"HFModel: there is no folder '{self.path}'. Set policy.path to a Hub id or to a folder with "
                 f"config.json and *.safetensors (a run's export/ folder is one)."
+            )
+        if find_adapter_config_file(str(path), revision=self.revision):
+            # Else transformers would put it on, for policy and reference alike, whatever model.trainable says.
+            raise ModelSourceError(
+                f"HFModel: '{self.path}' has an adapter ({ADAPTER_CONFIG_NAME}); a policy starts from whole weights. "
+                "Merge it, `peft.PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(merged)`, "
+                "and name the merged folder; or move the adapter's files away to start from the weights without it."
             )
         if path.is_dir() and not (path / "config.json").is_file():
             raise ModelSourceError(

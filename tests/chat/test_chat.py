@@ -65,7 +65,7 @@ def test_a_prompt_is_answered_once(run, say):
 
 
 def test_a_run_without_an_export_speaks_from_its_last_checkpoint(run, say, tmp_path):
-    bare = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    bare = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"), symlinks=True)
     assert say("--model", bare, "--prompt", PROMPT) == f"{greedy(run / 'export', PROMPT)}\n"
     early = next(path.name for path in (run / "checkpoints").iterdir() if "step=2" in path.name)
     exported = main(["export", "--run", str(run), "--to", str(tmp_path / "early"), "--checkpoint", early])
@@ -127,7 +127,7 @@ def test_a_conversation_has_a_memory_until_reset(run, say, monkeypatch):
 
 
 def test_a_system_message_goes_before_the_conversation(run, tmp_path, monkeypatch, say):
-    bare = shutil.copytree(run, tmp_path / "run")
+    bare = shutil.copytree(run, tmp_path / "run", symlinks=True)
     template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     (bare / "export/chat_template.jinja").write_text(template)
     tokenizer = AutoTokenizer.from_pretrained(bare / "export")

@@ -71,3 +71,16 @@ def test_plain_numbers_of_a_batch_are_those_that_its_tables_give(ks):
         batch, max_length=-1, response_tokens=-1, most_responses=-1, key_tokens=-1, in_order=False
     )
     assert [getattr(batch, name) for name in names] == [getattr(again, name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("tree", "what"),
+    [
+        (PairTree([], [[5, 6], [7]], ((0, 1),), origin="rows.jsonl, line 3"), "the prompt, .*, has no token"),
+        (PairTree([5], [[6], []], ((0, 1),), origin="rows.jsonl, line 3"), "a response has no token"),
+    ],
+)
+def test_what_has_no_token_is_refused(tree, what):
+    """Attention backends would disagree on it."""
+    with pytest.raises(ValueError, match=rf"rows.jsonl, line 3: {what}"):
+        collate([(0, PairTree([5], [[7]])), (0, tree)], ["only"], [1.0])

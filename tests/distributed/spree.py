@@ -146,6 +146,11 @@ def ended(processes: list[int]) -> bool:
     return any(os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None for process in processes)
 
 
+def is_saving(run: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any((run / "checkpoints").glob("*.part"))
+
+
 def choose_moment(chance: random.Random, folder: Path, processes: list[int]) -> bool:
     """Waits for the moment of a kill; False if the run ended before."""
     run, began = None, time.monotonic()
@@ -156,16 +161,16 @@ def choose_moment(chance: random.Random, folder: Path, processes: list[int]) -> 
         assert time.monotonic() - began < PATIENCE, "no step was made"
         time.sleep(0.002)
     if chance.random() < 0.5:
-        for _ in range(chance.randint(1, 4)):
-            while half_written(run):
+        for _ in range(chance.randint(1, 12)):
+            while is_saving(run):
                 time.sleep(0.0005)
-            while not half_written(run):
+            while not is_saving(run):
                 if ended(processes):
                     return False
                 time.sleep(0.0005)
         time.sleep(chance.random() * 0.01)
     else:
-        time.sleep(chance.random() * 0.7)
+        time.sleep(chance.random() * 3.0)
     return not ended(processes)
 
 

@@ -184,7 +184,8 @@ class Trial:
             assert torch.equal(resumed.weights[name], tensor), name
 
     def resume(self, name: str, killed: Fit, *more: str) -> Fit:
-        resumed, job = self.start(name, f"--ckpt_path={killed.checkpoint}", *more)
+        (saved,) = killed.folder.glob(f"runs/*/*/checkpoints/*step={self.saved}.ckpt")
+        resumed, job = self.start(name, f"--ckpt_path={saved}", *more)
         job.ended()
         assert resumed.has_trained(self.steps - self.saved), job.log.read_text()
         return resumed

@@ -12,6 +12,7 @@ from commands import (
     HERE,
     MIXED,
     SELECT,
+    TRUE,
     Run,
     alone,
     at,
@@ -128,6 +129,7 @@ def split(tmp_path_factory: pytest.TempPathFactory, single: dict[str, Run]) -> t
         "copied-select": fit("adamw", "copied-select", *SELECT),
         "shared-select": fit("adamw", "shared-select", *SELECT, "--model.reference=SharedWeights"),
         "mixed": fit("sgd", "mixed", *MIXED),
+        "true": fit("sgd", "true", *TRUE),
     }
     refused = {"lora": fit("lora", "lora"), "one-head": fit("sgd", "one-head", "--model.policy.heads=1")}
     done, log = outcomes(jobs | refused, folder, torchrun)
@@ -137,6 +139,7 @@ def split(tmp_path_factory: pytest.TempPathFactory, single: dict[str, Run]) -> t
     alone_jobs = {
         "to-one": ["fit", *command("adamw", "single", folder / "to-one", *ACCUMULATED, going_on)],
         "mixed-alone": ["fit", *command("sgd", "single", folder / "mixed-alone", *MIXED)],
+        "true-alone": ["fit", *command("sgd", "single", folder / "true-alone", *TRUE)],
     }
     return runs | chain(alone_jobs, folder, alone), {name: done[name] for name in refused}
 
@@ -244,8 +247,9 @@ def test_the_export_is_of_whole_weights(split):
     assert difference({name: model.state_dict()[name] for name in run.weights}, run.weights) == 0.0
 
 
-def test_bfloat16_agrees_with_one_process(split):
-    run, other = split[0]["mixed"], split[0]["mixed-alone"]
+@pytest.mark.parametrize("precision", ["mixed", "true"])
+def test_bfloat16_agrees_with_one_process(precision, split):
+    run, other = split[0][precision], split[0][f"{precision}-alone"]
     ours, theirs = run.metrics("train/"), other.metrics("train/")
     assert ours[1]["train/all/all/margin"] == theirs[1]["train/all/all/margin"] == 0.0
     for step, values in theirs.items():

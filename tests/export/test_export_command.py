@@ -148,7 +148,7 @@ def test_shards_generation_config_and_type(runs, bfpo, tmp_path):
 
 
 def test_the_optimizer_is_not_read(runs, bfpo, tmp_path):
-    run = shutil.copytree(runs["sharded"], tmp_path / "run")
+    run = shutil.copytree(runs["sharded"], tmp_path / "run", symlinks=True)
     last = run / "checkpoints/last.ckpt"
     destroyed = 0
     for index, info in read_metadata(last).storage_data.items():
@@ -163,7 +163,7 @@ def test_the_optimizer_is_not_read(runs, bfpo, tmp_path):
 
 
 def test_the_card_says_what_was_trained_and_holds_no_home(runs, bfpo, tmp_path):
-    run = shutil.copytree(runs["file"], tmp_path / "run")
+    run = shutil.copytree(runs["file"], tmp_path / "run", symlinks=True)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"] |= {"cache": "/home/alice/cache", "template": {"class_path": "ChatTemplate"}}
     config["data"]["template"]["init_args"] = {"system": "be safe"}
@@ -237,13 +237,14 @@ def test_mistakes_are_said_before_anything_is_written(runs, refusal, tmp_path, m
     run, to = runs["file"], tmp_path / "new"
     assert "There is no run" in refusal("export", "--run", tmp_path / "none", "--to", to)
     assert "no config.yaml" in refusal("export", "--run", tmp_path, "--to", to)
-    assert "Checkpoints of the run: " in refusal("export", "--run", run, "--to", to, "--checkpoint", "step=7.ckpt")
+    said = refusal("export", "--run", run, "--to", to, "--checkpoint", "none.ckpt")
+    assert f"There is no checkpoint '{run}/checkpoints/none.ckpt'. Checkpoints in {run}/checkpoints: epoch=" in said
     assert "no adapter" in refusal("export", "--run", run, "--to", to, "--merge", "false")
     assert "max_shard_size" in refusal("export", "--run", run, "--to", to, "--max_shard_size", "much")
     assert "bfpo export" in refusal("export", "--run", run)
     assert "unrecognized" in refusal("export", "--run", run, "--to", to, "--checkpiont", "last").lower()
-    empty = shutil.copytree(run, tmp_path / "empty", ignore=shutil.ignore_patterns("*.ckpt"))
-    assert "has no checkpoint" in refusal("export", "--run", empty, "--to", to)
+    empty = shutil.copytree(run, tmp_path / "empty", ignore=shutil.ignore_patterns("*.ckpt"), symlinks=True)
+    assert "there is no run with a checkpoint in" in refusal("export", "--run", empty, "--to", to)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert "GB are needed" in refusal("export", "--run", run, "--to", to)
@@ -252,14 +253,14 @@ def test_mistakes_are_said_before_anything_is_written(runs, refusal, tmp_path, m
 
 def test_a_run_without_a_monitor_has_no_best(sft_run, refusal, tmp_path):
     said = refusal("export", "--run", sft_run, "--to", tmp_path / "new", "--checkpoint", "best")
-    assert "monitored no metric" in said
+    assert "has a score. The run must monitor a metric" in said
 
 
 @pytest.mark.parametrize(
     ("key", "named"), [("policy", "plugins.mine.Source"), ("policy", "Gone"), ("trainable", "plugins.mine.Part")]
 )
 def test_a_class_that_is_missing_is_named(key, named, runs, refusal, tmp_path):
-    run = shutil.copytree(runs["file"], tmp_path / "run")
+    run = shutil.copytree(runs["file"], tmp_path / "run", symlinks=True)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"][key] = {"class_path": named}
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -271,7 +272,7 @@ def test_a_class_that_is_missing_is_named(key, named, runs, refusal, tmp_path):
 
 
 def test_weights_of_another_model_are_refused(runs, refusal, tmp_path):
-    run = shutil.copytree(runs["file"], tmp_path / "run")
+    run = shutil.copytree(runs["file"], tmp_path / "run", symlinks=True)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["policy"]["init_args"]["intermediate_size"] = 40
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

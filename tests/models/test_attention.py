@@ -13,6 +13,7 @@ from transformers import (
     FalconConfig,
     GptOssConfig,
     JambaConfig,
+    JetMoeConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -31,6 +32,7 @@ from bfpo_pl.models import attention as attention_module
 from bfpo_pl.models import tree_attention
 from bfpo_pl.models.attention import Auto, Padded, Segments, Unfold, Varlen
 from bfpo_pl.models.log_probs import bind_log_probs, response_log_probs
+from bfpo_pl.models.segment_attention import SegmentLoop
 from bfpo_pl.models.tree_attention import NAME, Scores, TreeRows
 from bfpo_pl.training import AttentionMismatchError, ResponseModule
 
@@ -83,6 +85,14 @@ def test_with_one_response_a_tree_the_leak_is_none(only_float64, monkeypatch, na
     assert max(loss, *relative.values()) < 1e-10
 
 
+def response_module(backend, dtype=torch.float32):
+    """A module with a tiny policy that attends by a backend, and nothing else."""
+    module = ResponseModule(None, None, None, None, backend, "sum", 4096, "none")
+    module.policy = build("llama", dtype)
+    bind_log_probs(module.policy, backend)
+    return module
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", [Unfold(), Segments(), Varlen(), Auto()], ids=repr)
 def test_the_check_before_the_first_step_sees_a_leak(monkeypatch, backend, dtype):
@@ -90,15 +100,37 @@ def test_the_check_before_the_first_step_sees_a_leak(monkeypatch, backend, dtype
         plain = tree_attention.pair_rows_attention
         return leaking(*arguments, pair_rows=pair_rows, **kwargs) if pair_rows else plain(*arguments, **kwargs)
 
-    module = ResponseModule(None, None, None, None, backend, "sum", 4096, "none")
-    module.policy = build("llama", dtype)
-    bind_log_probs(module.policy, backend)
-    batch = batch_of(trees_of(2, 2))
-    module.check_head(batch)
-    monkeypatch.setitem(globals(), "TREE", torch.zeros(8))
+    module = response_module(backend, dtype)
+    module.check_network(torch.device("cpu"))
+    monkeypatch.setitem(globals(), "TREE", torch.tensor([0] * 10 + [1] * 7))
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, leaking_in_rows)
     with pytest.raises(AttentionMismatchError, match=r"LlamaForCausalLM attends .* Set model.attention to Padded"):
-        module.check_head(batch)
+        module.check_network(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("leaked", [1, 2, 4])
+@pytest.mark.parametrize("backend", [Segments(), Auto()], ids=repr)
+def test_the_check_sees_a_leak_of_the_layout_that_auto_takes_for_long_responses(monkeypatch, backend, leaked):
+    """One response, and no other, takes its prompt to go on to the end of the tree's first response."""
+    plain, firsts = SegmentLoop.__init__, {1: 0, 2: 0, 4: 3}
+
+    def leaking_loop(layout, batch):
+        plain(layout, batch)
+        assert layout.prompts[leaked] > 0
+        layout.prompts[leaked] = layout.queries[firsts[leaked]]
+
+    module = response_module(backend)
+    monkeypatch.setattr(SegmentLoop, "__init__", leaking_loop)
+    with pytest.raises(AttentionMismatchError):
+        module.check_network(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("device", "obstacle"), [("cpu", "none here"), ("meta", "none here"), ("cpu", None)])
+def test_the_check_looks_at_all_that_auto_may_choose(monkeypatch, device, obstacle):
+    monkeypatch.setattr(attention_module, "device_obstacle", lambda device: obstacle)
+    batches = [trees_of(1), trees_of(4, 4), [PairTree([3] * 80, [[4] * 90, [5] * 70])]]
+    chosen = {type(Auto().choice(batch_of(trees).to(device))) for trees in batches}
+    assert chosen - {Padded} == {type(route) for route in Auto().routes(torch.device(device))}
 
 
 def test_a_gradient_that_forgets_a_prompts_copies_fails_the_same_check(only_float64, monkeypatch):
@@ -173,8 +205,11 @@ def test_activation_checkpointing_recomputes_the_same(only_float64, name):
     assert max(plain[0], *plain[1].values()) < 1e-10
 
 
-@pytest.mark.parametrize("backend", [Unfold, Segments])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, (Unfold, Segments)[place % 2]) for place, name in enumerate(CONFIGS)]
+    + [(name, backend) for name in ("llama", "gemma2", "phi3") for backend in (Unfold, Segments)],
+)
 def test_float32_is_as_exact_as_the_naive_computation(name, backend):
     trees = trees_of(2, 1, 3, 2)
     exact = build(name)
@@ -277,12 +312,26 @@ def test_an_attention_that_the_source_asks_for_is_kept():
     assert model.config._attn_implementation == "flex_attention"
 
 
-def test_experts_are_exact_since_none_drops_a_token(only_float64):
-    config = MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2, experts_implementation="eager")
+EXPERTS = {
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2, experts_implementation="eager"),
+    "jetmoe": JetMoeConfig(  # its layers view what attention gives
+        **{name: size for name, size in SIZES.items() if name != "num_attention_heads"},
+        num_key_value_heads=2,
+        kv_channels=8,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", [Unfold, Segments])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_exact_since_none_drops_a_token(only_float64, name, backend):
+    config = copy.deepcopy(EXPERTS[name])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).double().eval()
-    loss, relative = differences(model, Unfold(), trees_of(2, 3, 2))
+    loss, relative = differences(model, backend(), trees_of(2, 3, 2))
     assert max(loss, *relative.values()) < 1e-10
 
 

@@ -1,10 +1,10 @@
-"""Every backend with every output head and every trainable part, on one family, in float64."""
+"""Backends, heads and trainable parts in float64: all of them on one family, and every family with every part."""
 
 import peft
 import pytest
 import torch
 from exactness import differences, emulate_varlen
-from networks import build, trees_of
+from networks import CONFIGS, build, trees_of
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -70,4 +70,40 @@ def test_loss_and_gradients(only_float64, monkeypatch, backend, head, part):
     model = network(head, part)
     loss, relative = differences(model, BACKENDS[backend](), trees_of(2, 1, 3, 2), chunk_size=7)
     assert {"everything": 15, "down_proj": 2, "lora": 6}[part] <= len(relative)
+    assert max(loss, *relative.values()) < 1e-10
+
+
+LAST_OF_MLP = {"phi": "fc2", "opt": "fc2", "gpt2": "mlp.c_proj", "gpt-neox": "dense_4h_to_h"}
+FAMILY_PARTS = {
+    "last of each MLP": lambda name: Select([LAST_OF_MLP.get(name, "down_proj")]),
+    "embedding": lambda name: Select([EMBEDDINGS.get(name, "embed_tokens")]),
+    "lora": lambda name: LoRA(r=2, target_modules="all-linear"),
+}
+EMBEDDINGS = {"gpt2": "wte", "gpt-neox": "embed_in"}
+PAIRWISE = [
+    (name, part, backend)
+    for place, name in enumerate(CONFIGS)
+    for part, backend in zip(FAMILY_PARTS, list(BACKENDS)[place % 3 :], strict=False)
+]
+"""Each family with each part, once; the backends take turns over both."""
+
+
+def test_the_pairwise_list_has_all_pairs():
+    assert {(name, part) for name, part, _ in PAIRWISE} == {(name, part) for name in CONFIGS for part in FAMILY_PARTS}
+    assert {backend for _, _, backend in PAIRWISE} == set(BACKENDS)
+
+
+@pytest.mark.parametrize(("name", "part", "backend"), PAIRWISE)
+def test_every_family_with_every_part(only_float64, monkeypatch, name, part, backend):
+    if backend == "Varlen":
+        emulate_varlen(monkeypatch)
+    model = build(name)
+    FAMILY_PARTS[part](name).apply(model)
+    model.double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    loss, relative = differences(model, BACKENDS[backend](), trees_of(2, 1, 3, 2), chunk_size=5)
+    assert relative
     assert max(loss, *relative.values()) < 1e-10

@@ -38,7 +38,10 @@ def filled(folder, count=10):
     store = LogProbStore(folder)
     keys = np.arange(count, dtype=np.uint64)[::-1] * np.uint64(2**60)
     store.add(keys[:6], np.linspace(-9.1, -1, 6), np.arange(1, 7))
-    store.add(keys[6:], np.linspace(-20.3, -11, count - 6), np.arange(7, count + 1))
+    store.write()
+    store.add(keys[6:8], np.linspace(-20.3, -11, count - 6)[:2], np.arange(7, 9))
+    store.add(keys[8:], np.linspace(-20.3, -11, count - 6)[2:], np.arange(9, count + 1))
+    store.write()
     return keys, np.concatenate([np.linspace(-9.1, -1, 6), np.linspace(-20.3, -11, count - 6)])
 
 
@@ -54,11 +57,15 @@ def test_what_was_added_is_found_now_and_by_others(tmp_path):
     assert not LogProbStore(tmp_path / "elsewhere").find(keys)[0].any()
 
 
-def test_what_is_not_to_be_on_disk_is_in_memory_alone(tmp_path):
+def test_what_is_not_written_is_in_memory_alone(tmp_path):
     store = LogProbStore(tmp_path)
-    store.add(np.array([4], np.uint64), np.array([-2.5]), np.array([3]), on_disk=False)
+    store.add(np.array([4], np.uint64), np.array([-2.5]), np.array([3]))
     assert store.find(np.array([4], np.uint64))[1].tolist() == [-2.5]
     assert len(LogProbStore(tmp_path)) == 0
+    store.write()
+    store.write()  # nothing new
+    assert len(LogProbStore(tmp_path)) == 1
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut", "empty", "no file of ours"])

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from networks import CONFIGS, GROUPED, batch_of, build, gradients, naive_log_probs, trees_of
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Llama4TextConfig, LlamaConfig, LlamaForCausalLM, RecurrentGemmaConfig, xLSTMConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from bfpo_pl.component import UserError
 from bfpo_pl.data.trees import PairTree
 from bfpo_pl.models.attention import Auto, Padded
 from bfpo_pl.models.log_probs import bind_log_probs, head_discrepancy, response_log_probs
@@ -85,8 +87,7 @@ def test_a_half_precision_model_is_summed_in_float32():
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_head_logits_are_the_models_own(name, dtype):
-    tokens = torch.tensor([5, 9, 31, 7, 7, 12, 40, 3])
-    assert head_discrepancy(build(name, dtype), tokens) < (1e-10 if dtype == torch.float64 else 1e-4)
+    assert head_discrepancy(build(name, dtype), torch.device("cpu")) < (1e-10 if dtype == torch.float64 else 1e-4)
 
 
 class CappedLlama(LlamaForCausalLM):
@@ -104,12 +105,10 @@ def test_an_unknown_change_of_the_logits_stops_the_run(dtype):
     bind_log_probs(model, Padded())
     module = response_module(model)
     with pytest.raises(HeadMismatchError, match="CappedLlama changes its logits"):
-        module.check_head(batch_of(trees_of(2)))
-    bind_log_probs(build("llama", dtype), Padded())
+        module.check_network(torch.device("cpu"))
     fine = build("llama", dtype)
     bind_log_probs(fine, Padded())
-    response_module(fine).check_head(batch_of(trees_of(2)))
-    response_module(fine).check_head(batch_of([]))
+    response_module(fine).check_network(torch.device("cpu"))
 
 
 def test_the_head_check_is_not_misled_by_dropout():
@@ -117,7 +116,7 @@ def test_the_head_check_is_not_misled_by_dropout():
     model = LlamaForCausalLM(config).train()
     bind_log_probs(model, Padded())
     before = torch.get_rng_state()
-    response_module(model).check_head(batch_of(trees_of(2)))
+    response_module(model).check_network(torch.device("cpu"))
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -131,3 +130,33 @@ def response_module(model):
     module = ResponseModule(None, None, None, None, None, "sum", 4096, "none")
     module.policy = model
     return module
+
+
+OTHER_CAPS = {
+    "recurrent-gemma": RecurrentGemmaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        lru_width=32,
+        attention_window_size=4,
+        logits_soft_cap=0.5,
+    ),
+    "xlstm": xLSTMConfig(
+        vocab_size=48, hidden_size=32, embedding_dim=32, num_heads=4, num_blocks=2, output_logit_soft_cap=0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CAPS)
+def test_soft_caps_by_other_names_are_known(name):
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(OTHER_CAPS[name])](OTHER_CAPS[name])
+    model.get_output_embeddings().weight.data.mul_(20.0)
+    assert head_discrepancy(model, torch.device("cpu")) < 1e-4
+
+
+def test_a_network_without_a_part_below_its_head_is_refused():
+    config = Llama4TextConfig(**GROUPED, head_dim=8, num_local_experts=2, intermediate_size_mlp=48)
+    with pytest.raises(UserError, match=r"Llama4ForCausalLM cannot be used: .* 'language_model'"):
+        bind_log_probs(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config), Auto())

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
+from bfpo_pl.component import RunError
 from bfpo_pl.data.arrow import read_shard
 from bfpo_pl.models import precomputed as precomputed_module
 from bfpo_pl.models import weights as weights_module
 from bfpo_pl.models.log_prob_store import LogProbStore
 from bfpo_pl.models.reference import FrozenCopy
+from bfpo_pl.models.rotary import length_of_other_angles
 from bfpo_pl.models.sources import HFModel, TinyModel
 from bfpo_pl.models.weights import files_digest
 
@@ -31,8 +34,9 @@ def small(small, tmp_path):
 def fit(bfpo, base, small):
     """Fits with kept log-probs; gives the CLI object."""
 
-    def call(*overrides, command="fit", reference="Precomputed"):
-        return bfpo(command, *base, *small, f"--model.reference={reference}", *overrides)
+    def call(*overrides, command="fit", reference="Precomputed", sizes=True):
+        sized = small if sizes else [each for each in small if not each.startswith("--model.policy.")]
+        return bfpo(command, *base, *sized, f"--model.reference={reference}", *overrides)
 
     return call
 
@@ -56,7 +60,9 @@ def rewrite(tmp_path, change):
         batch = read_shard(path)
         keys, sums, lengths = (batch[name].to_numpy().copy() for name in ("key", "log_prob", "length"))
         path.unlink()
-        LogProbStore(store).add(keys, change(sums), lengths)
+        changed = LogProbStore(store)
+        changed.add(keys, change(sums), lengths)
+        changed.write()
 
 
 def computed(cli):
@@ -148,6 +154,42 @@ def test_kept_values_of_another_network_stop_the_run(fit, tmp_path, capsys):
     assert computed(fit("--model.reference.verify=0", "--model.reference.start_tolerance=100")) == 0
 
 
+def test_in_half_precision_too_where_all_are_off_by_little(fit, tmp_path, capsys):
+    half = "--trainer.precision=bf16-mixed"
+    fit(half, command="reference")
+    assert computed(fit(half)) == 0
+    rewrite(tmp_path, lambda sums: sums * 1.015)
+    with pytest.raises(SystemExit):
+        fit(half)
+    assert "are not those of this reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_knows_the_values_that_its_run_trained_with(fit, tmp_path, capsys, command):
+    fit()
+    checkpoint = next(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))
+    again = (f"--ckpt_path={checkpoint}", *(["--trainer.max_steps=4"] * (command == "fit")))
+    fit(*again, command=command)
+    rewrite(tmp_path, lambda sums: sums + 3)
+    with pytest.raises(SystemExit) as stopped:
+        fit(*again, command=command)
+    assert stopped.value.code == 1
+    assert "in the checkpoint's run" in capsys.readouterr().err
+    fit(*again, "--model.reference.source=TinyModel", "--model.reference.source.layers=1", command=command)
+
+
+def test_a_checkpoint_that_is_restored_after_the_values_were_found_is_compared_too(fit):
+    """Sharded strategies do it in that order."""
+    reference = fit().model.references["reference"]
+    state = reference.state()
+    assert len(state["log_probs"]) > RESPONSES / 2
+    reference.check_state(state)
+    reference.check_state({"store": "another", "log_probs": {"7": 1.0}})
+    changed = {key: value + 0.5 for key, value in state["log_probs"].items()}
+    with pytest.raises(RunError, match=r"responses differ by 0\.5 nats"):
+        reference.check_state({**state, "log_probs": changed})
+
+
 def test_a_policy_that_is_not_where_the_reference_is_stops_the_run(fit, tmp_path, capsys):
     fit(command="reference")
     rewrite(tmp_path, lambda sums: sums + 4 * (np.arange(len(sums)) % 2))
@@ -162,23 +204,42 @@ def test_the_mean_margin_at_the_start_is_printed(fit, caplog):
     assert "Before the first update the mean |margin| is" in caplog.text
 
 
-def test_what_was_computed_before_an_interruption_is_kept(fit, monkeypatch):
+FEW = "--model.reference.batch_tokens=200"
+
+
+def interrupt(monkeypatch, after, error):
+    """Stops the computation after so many batches."""
     plain, calls = precomputed_module.Precomputed._values, []
 
     def interrupted(*arguments):
         calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if len(calls) > after:
+            raise error
         return plain(*arguments)
 
-    monkeypatch.setattr(precomputed_module, "_PART_BATCHES", 2)
     monkeypatch.setattr(precomputed_module.Precomputed, "_values", staticmethod(interrupted))
-    few = ["--model.reference.batch_tokens=200"]
-    with pytest.raises(BaseException):  # noqa: B017, PT011  # Lightning ends a run in its own way
-        fit(*few, command="reference")
-    monkeypatch.setattr(precomputed_module.Precomputed, "_values", staticmethod(plain))
-    rest = computed(fit(*few, command="reference"))
-    assert 0 < rest < RESPONSES
+
+
+def test_what_was_computed_before_an_interruption_is_kept(fit, monkeypatch, tmp_path):
+    with monkeypatch.context() as patched:
+        interrupt(patched, 3, KeyboardInterrupt)
+        with pytest.raises(BaseException):  # noqa: B017, PT011  # Lightning ends a run in its own way
+            fit(FEW, command="reference")
+    (folder,) = stores(tmp_path)
+    kept = len(LogProbStore(folder))
+    assert 0 < kept < RESPONSES
+    assert computed(fit(FEW, command="reference")) == RESPONSES - kept
+
+
+def test_a_process_that_is_killed_has_written_what_was_computed_before_the_last_seconds(fit, monkeypatch, tmp_path):
+    """Nothing that a killed process does not come to: what the end of the computation writes is left out."""
+    monkeypatch.setattr(precomputed_module, "_SECONDS_BETWEEN_PARTS", 0.0)
+    parts, plain = [], LogProbStore.write
+    monkeypatch.setattr(LogProbStore, "write", lambda store: (plain(store), parts.append(len(store))))
+    fit(FEW, command="reference")
+    assert len(parts) > 5
+    assert parts[:-1] == sorted(set(parts))
+    assert parts[-1] == parts[-2] == RESPONSES
 
 
 def test_two_runs_at_once_compute_once(base, small, tmp_path, in_repository):
@@ -217,6 +278,35 @@ def test_rows_that_stream_are_refused(fit, capsys, tmp_path):
         )
     assert stopped.value.code == 2
     assert "Set data.streams.safety.source.streaming: false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [8, 64])
+def test_a_network_whose_angles_depend_on_the_batch_is_refused_where_rows_are_long(fit, tmp_path, capsys, limit):
+    source = TinyModel(32, 2, 2, 64, seed=0)
+    source.load_model().save_pretrained(tmp_path / "model")
+    source.load_tokenizer().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    settings = {"max_position_embeddings": limit, "rope_parameters": rope}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    model = ["--model.policy=HFModel", f"--model.policy.path={tmp_path / 'model'}"]
+    if limit == 64:
+        assert computed(fit(*model, command="reference", sizes=False)) == RESPONSES
+        return
+    with pytest.raises(SystemExit) as stopped:
+        fit(*model, command="reference", sizes=False)
+    assert stopped.value.code == 2
+    assert "in batches with a row of more than 8 tokens LlamaForCausalLM turns all" in capsys.readouterr().err
+
+
+def test_when_angles_depend_on_the_batch():
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "pad_token_id": 0, "original_max_position_embeddings": 8}
+    assert length_of_other_angles(Phi3Config(**sizes, max_position_embeddings=64, rope_parameters=long)) == 8
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    assert length_of_other_angles(LlamaConfig(max_position_embeddings=16, rope_parameters=dynamic)) == 16
+    for fine in (LlamaConfig(), GPT2Config(), Gemma3TextConfig()):
+        assert length_of_other_angles(fine) is None
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,17 @@ def test_the_device_must_be_recent(monkeypatch):
     assert segment_attention.device_obstacle(torch.device("cuda")) is None
 
 
+def test_a_kernel_of_an_older_torch_is_an_obstacle(monkeypatch):
+    def older(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ):
+        raise AssertionError
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(segment_attention, "varlen_attn", older)
+    assert "lacks enable_gqa" in segment_attention.device_obstacle(torch.device("cuda"))
+
+
 def test_without_the_kernel_varlen_unfolds_and_says_why_once(only_float64, said):
     model = build("llama")
     want = response_log_probs(model, batch_of(TREES), Unfold().prepare(model))

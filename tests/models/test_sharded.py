@@ -17,6 +17,8 @@ from bfpo_pl.models.sharding import shard
 @pytest.fixture
 def mesh(tmp_path):
     """A mesh of this process alone: parameters are sharded tensors, gathered and scattered as on many."""
+    if distributed.is_initialized():  # by a run under FSDP2 in this process, which keeps its group to the end
+        distributed.destroy_process_group()
     distributed.init_process_group(
         "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import httpx
+import peft
 import pytest
 import torch
 from huggingface_hub import constants
@@ -72,6 +73,17 @@ def saved(name, folder):
     model.save_pretrained(folder, max_shard_size="12KB")
     tokenizer_without_pad().save_pretrained(folder)
     return model
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside weights", "alone"])
+def test_a_folder_with_an_adapter_is_refused_before_weights_load(tmp_path, beside):
+    """The digest of kept log-probs would not tell one adapter from another, and a reference might lose it."""
+    model = saved("llama", tmp_path)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    folder = tmp_path if beside else tmp_path / "adapter"
+    model.save_pretrained(folder)
+    with pytest.raises(ModelSourceError, match=r"has an adapter .*merge_and_unload"):
+        HFModel(str(folder)).check()
 
 
 @pytest.mark.parametrize("name", MODELS)

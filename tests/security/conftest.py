@@ -76,9 +76,12 @@ def sharded_run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(tmp_path) -> Callable[[Path], Path]:
-    """Copies a run, to be poisoned."""
+    """Copies a run, to be poisoned, without manifests: these tell what is damaged, and who poisons can change them."""
 
     def copy(run: Path) -> Path:
-        return Path(shutil.copytree(run, tmp_path / "runs" / "x" / run.name))
+        folder = Path(shutil.copytree(run, tmp_path / "runs" / "x" / run.name, symlinks=True))
+        for manifest in folder.glob("checkpoints/*/manifest.json"):
+            manifest.unlink()
+        return folder
 
     return copy
