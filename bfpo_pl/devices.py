@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from bfpo_pl.component import UserError
+from bfpo_pl.strategies import FSDP2
 
 
 def check_devices(accelerator: Any, devices: Any, num_nodes: int, strategy: Any) -> None:
@@ -57,6 +58,8 @@ def check_devices(accelerator: Any, devices: Any, num_nodes: int, strategy: Any)
         )
     if type(strategy) is ModelParallelStrategy:
         _check_sizes(strategy, count * num_nodes)
+    if isinstance(strategy, FSDP2):
+        strategy.check_processes(count * num_nodes)
 
 
 def _why_no_gpu() -> str:
@@ -90,7 +93,7 @@ def _check_sizes(strategy: ModelParallelStrategy, world: int) -> None:
     if tensor != 1:
         raise UserError(
             f"ModelParallelStrategy: tensor_parallel_size is {tensor}, but bfpo_pl shards over data-parallel processes "
-            f"only. Set it to 1, or use `-c configs/strategy/fsdp2.yaml`."
+            f"only. Set it to 1, or use `-c configs/strategy/fsdp2_tp.yaml`."
         )
     if data * tensor != world:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -89,7 +90,7 @@ class UpdateGuard:
         """
         bad_loss, origins = self._bad_loss, self._origins
         self._bad_loss, self._origins = None, []
-        self.norm = torch.nn.utils.get_total_norm([p.grad for _, p in named if p.grad is not None])
+        self.norm = _total_norm([p.grad for _, p in named if p.grad is not None])
         if norm_over_shards is not None:
             self.norm = norm_over_shards(self.norm)
         norm = self.norm.full_tensor() if isinstance(self.norm, DTensor) else self.norm
@@ -114,6 +115,25 @@ class UpdateGuard:
         for _, parameter in named:
             parameter.grad = None
         rank_zero_warn(f"{message} {self.skipped} of at most {self.max_skipped} such steps are skipped.")
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients; a sharded scalar, if all are sharded alike."""
+    groups: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        layout = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        groups.setdefault(layout, []).append(gradient)
+    if len(groups) <= 1:
+        return torch.nn.utils.get_total_norm(gradients)
+    squares = []
+    for layout, some in groups.items():  # tensor parallelism: some are split over a group that holds others whole
+        norm = torch.nn.utils.get_total_norm([_local(gradient) for gradient in some])
+        square = norm.to(torch.promote_types(norm.dtype, torch.float32)).square()
+        for dimension, placement in enumerate(layout[1] if layout else ()):
+            if not placement.is_replicate():
+                torch.distributed.all_reduce(square, group=layout[0].get_group(dimension))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
 
 
 def _what_is_wrong(

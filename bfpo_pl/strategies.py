@@ -13,16 +13,19 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecision,
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from bfpo_pl.checkpoints.sharded import AtomicSharded
+from bfpo_pl.component import UserError
 from bfpo_pl.models.sharding import transformer_blocks
 
 
 class FSDP2(AtomicSharded):
-    """Lightning's `ModelParallelStrategy` with every process data-parallel, whatever their number.
+    """Lightning's `ModelParallelStrategy`: weights are sharded over all processes, whatever their number.
 
     Lightning's own defaults make all devices of a machine tensor-parallel, so that they would see the same rows; and
     it has no value for "all of them".
 
     Args:
+        tensor_parallel_size: Processes that compute the same rows together, each with a part of every attention and
+            MLP; neighbours, so that they share a machine. 1: every process has rows of its own.
         save_distributed_checkpoint: Each process saves its shard into a folder; otherwise the whole checkpoint is
             gathered and saved to one file.
         cpu_offload: Keeps shards of weights, gradients and optimizer states in the host's memory; a block's weights are
@@ -33,17 +36,23 @@ class FSDP2(AtomicSharded):
 
     def __init__(
         self,
+        tensor_parallel_size: int = 1,
         save_distributed_checkpoint: bool = True,
         cpu_offload: bool = False,
         process_group_backend: str | None = None,
         timeout_minutes: float = 30.0,
     ) -> None:
+        if tensor_parallel_size < 1:
+            raise UserError(f"FSDP2: tensor_parallel_size is {tensor_parallel_size}; it must be 1 or more.")
+        if tensor_parallel_size > 1 and cpu_offload:
+            raise UserError("FSDP2: cpu_offload does not go with tensor_parallel_size above 1; leave out one of them.")
         super().__init__(
-            tensor_parallel_size=1,
+            tensor_parallel_size=tensor_parallel_size,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
             timeout=timedelta(minutes=timeout_minutes),
         )
+        self.tensor_parallel_size = tensor_parallel_size
         self.cpu_offload = cpu_offload
 
     @property
@@ -57,8 +66,22 @@ class FSDP2(AtomicSharded):
         """Where each process keeps its shards."""
         return torch.device("cpu") if self.cpu_offload else self.root_device
 
+    def check_processes(self, count: int) -> None:
+        """Fails if so many processes cannot be put in groups.
+
+        Raises:
+            UserError: They cannot.
+        """
+        if count % self.tensor_parallel_size:
+            raise UserError(
+                f"FSDP2: tensor_parallel_size {self.tensor_parallel_size} does not divide the number of processes, "
+                f"trainer.devices × trainer.num_nodes = {count}. Change one of them."
+            )
+
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        processes = self.num_nodes * self.num_processes
+        self.check_processes(processes)
+        self._data_parallel_size = processes // self.tensor_parallel_size
         super().setup_environment()
 
     def _get_process_group_backend(self) -> str:

@@ -29,6 +29,7 @@ from bfpo_pl.models.loading import load_in_shards
 from bfpo_pl.models.log_probs import METHODS, bind_log_probs
 from bfpo_pl.models.sharding import shard
 from bfpo_pl.models.sources import ModelSource
+from bfpo_pl.models.tensor_parallel import check_plan
 from bfpo_pl.models.trainable import Everything, TrainablePart, parameter_counts
 from bfpo_pl.optimizers import clip_before_the_step, warn_of_lost_updates
 from bfpo_pl.schedules import Schedule, WarmupCosine
@@ -102,6 +103,10 @@ class ResponseModule(LightningModule):
         self._keep_batches_whole()
         self.source.check_training(self.trainable, str(self.trainer.precision))
         self.source.check()
+        if (size := getattr(self.trainer.strategy, "tensor_parallel_size", 1)) > 1:
+            skeleton = self.source.skeleton()
+            self.trainable.apply(skeleton)
+            check_plan(skeleton, size)
 
     def _keep_batches_whole(self) -> None:
         """Under ``bf16-true`` Lightning converts every float of a batch, which would round soft flags and scores."""
@@ -183,7 +188,10 @@ class ResponseModule(LightningModule):
         return self.policy.response_log_probs(batch)  # type: ignore[union-attr,operator]
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
-        """The mean of a tensor over processes, without a gradient; itself on one process or without a trainer."""
+        """The mean of a tensor over processes, without a gradient; itself on one process or without a trainer.
+
+        Those that compute the same rows together have the same values, and all groups of them are equally large.
+        """
         if self._trainer is None or self.trainer.world_size == 1:
             return values
         values = values.detach().clone()
@@ -285,6 +293,8 @@ class ResponseModule(LightningModule):
         if self.trainer.world_size > 1:
             everyones = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(everyones, own)
+            _, world = rank_and_world(self.trainer)
+            everyones = everyones[:: len(everyones) // world]  # those that share rows have the same sums
         checkpoint[STATE] = {
             "skipped_steps": self.guard.skipped,
             "train_metrics": everyones,
@@ -296,9 +306,10 @@ class ResponseModule(LightningModule):
         self.guard.skipped = int(state.get("skipped_steps", 0))
         self.validated_step = int(state.get("validated_step", -1))
         saved = state.get("train_metrics", [])
-        if len(saved) == self.trainer.world_size:
-            self._unlogged = saved[self.trainer.global_rank]
-        elif self.trainer.is_global_zero:  # of another number of processes: their sum is what will be logged
+        rank, world = rank_and_world(self.trainer)
+        if len(saved) == world:
+            self._unlogged = saved[rank]
+        elif rank == 0:  # of another number of processes: their sum is what will be logged
             known = [each for each in saved if each]
             self._unlogged = {name: sum(each[name] for each in known) for name in known[0]} if known else None
 

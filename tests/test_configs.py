@@ -84,7 +84,8 @@ def test_every_other_file_stacks_on_an_experiment(path, base, in_repository, tmp
     if path.endswith("fsdp1.yaml"):
         monkeypatch.setattr("bfpo_pl.parsing.check_devices", lambda *arguments: None)  # it asks for a GPU
     before = ["-c", "configs/model/lora.yaml"] if path.endswith("adapter_off.yaml") else []
-    run = parsed(*base, *before, "-c", path, f"--runs={tmp_path}", "--trainer.accelerator=cpu", "--trainer.devices=1")
+    devices = f"--trainer.devices={2 if path.endswith('fsdp2_tp.yaml') else 1}"
+    run = parsed(*base, *before, "-c", path, f"--runs={tmp_path}", "--trainer.accelerator=cpu", devices)
     wanted = yaml.safe_load(Path(path).read_text())
     wanted.get("trainer", {}).pop("devices", None)
     assert_holds(run.record, wanted)

@@ -37,6 +37,10 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
             [*SIZES, "--trainer.strategy.data_parallel_size=1", "--trainer.strategy.tensor_parallel_size=2"],
             ["tensor_parallel_size is 2", "data-parallel"],
         ),
+        (
+            ["-c", f"{ROOT}/configs/strategy/fsdp2_tp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=3"],
+            ["tensor_parallel_size 2 does not divide", "num_nodes = 3"],
+        ),
         ([*SIZES, "--trainer.strategy.data_parallel_size=1"], ["set data_parallel_size and tensor_parallel_size"]),
     ],
     ids=lambda value: value[-1] if value else "",
@@ -91,6 +95,17 @@ def test_sizes_are_those_of_all_machines(two_gpus):
     check_devices("gpu", "auto", 3, sizes(6, 1))
     with pytest.raises(UserError, match=r"is 2, but trainer\.devices × trainer\.num_nodes is 6"):
         check_devices("gpu", "auto", 3, sizes(2, 1))
+
+
+def test_groups_of_processes_must_come_out_even(two_gpus):
+    check_devices("gpu", "auto", 3, FSDP2(tensor_parallel_size=2))
+    check_devices("gpu", 1, 4, FSDP2(tensor_parallel_size=4))
+    with pytest.raises(UserError, match=r"tensor_parallel_size 4 does not divide .*num_nodes = 6"):
+        check_devices("gpu", "auto", 3, FSDP2(tensor_parallel_size=4))
+    with pytest.raises(UserError, match="tensor_parallel_size is 0"):
+        FSDP2(tensor_parallel_size=0)
+    with pytest.raises(UserError, match="cpu_offload does not go with tensor_parallel_size"):
+        FSDP2(tensor_parallel_size=2, cpu_offload=True)
 
 
 @pytest.mark.parametrize("reference", [FrozenCopy(), FrozenCopy(TinyModel()), SharedWeights()], ids=repr)

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from bfpo_pl.component import UserError, check_range
+from bfpo_pl.data.loading import rank_and_world
 from bfpo_pl.generation import generate
 from bfpo_pl.microworld import SPLITS
 from bfpo_pl.microworld.evaluation import LONGEST_ANSWER, Evaluation, evaluate
@@ -71,7 +72,8 @@ class MicroworldEvaluation(Callback):
 
     def evaluate(self, trainer: Trainer, module: ResponseModule, temperature: float) -> Evaluation:
         """Judges the module's policy; every rank answers its share of the prompts and gets all the answers."""
-        rank, world = trainer.global_rank, trainer.world_size
+        rank, world = rank_and_world(trainer)
+        processes = trainer.world_size
 
         def answer(prompts: list[str], temperature: float) -> list[str]:
             mine = prompts[rank::world]
@@ -85,12 +87,13 @@ class MicroworldEvaluation(Callback):
                 max_new_tokens=LONGEST_ANSWER,
                 batch_size=self.batch_size,
                 seed=rank,
-                synced=world > 1,
+                synced=processes > 1,
             )
             gathered: list[list[str]] = [texts]
-            if world > 1:
-                gathered = [[] for _ in range(world)]
+            if processes > 1:
+                gathered = [[] for _ in range(processes)]
                 dist.all_gather_object(gathered, texts)
+                gathered = gathered[:: processes // world]  # those that compute together have the same answers
             return [gathered[index % world][index // world] for index in range(len(prompts))]
 
         return evaluate(

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from bfpo_pl.data.loading import rank_and_world
 from bfpo_pl.training import ResponseModule
 
 
@@ -50,8 +51,9 @@ class Throughput(Callback):
         if not pl_module.should_log():
             return
         seconds = max(time.perf_counter() - self._since, 1e-9)
+        _, world = rank_and_world(trainer)
         seen = torch.tensor([self._pairs, self._responses, self._tokens], dtype=torch.float64, device=pl_module.device)
-        pairs, responses, tokens = (pl_module.mean_over_ranks(seen) * trainer.world_size / seconds).tolist()
+        pairs, responses, tokens = (pl_module.mean_over_ranks(seen) * world / seconds).tolist()
         memory = torch.tensor(float(peak_memory(pl_module.device)), dtype=torch.float64, device=pl_module.device)
         memory = trainer.strategy.reduce(memory, reduce_op="max")
         values = {

@@ -191,6 +191,20 @@ class Loader(DataLoader):
         """Nothing: the data module has the place."""
 
 
+def shares(strategy: Any) -> tuple[int, int]:
+    """This process's number among those that see different rows, and how many they are.
+
+    Processes that compute together (tensor parallelism) see the same rows and have the same number.
+
+    Args:
+        strategy: Lightning's.
+    """
+    kwargs = getattr(strategy, "distributed_sampler_kwargs", None)
+    if kwargs:
+        return kwargs["rank"], kwargs["num_replicas"]
+    return int(getattr(strategy, "global_rank", 0)), int(getattr(strategy, "world_size", 1))
+
+
 def rank_and_world(trainer: Any) -> tuple[int, int]:
     """This process among those that see different rows (under tensor parallelism some see the same).
 
@@ -202,8 +216,7 @@ def rank_and_world(trainer: Any) -> tuple[int, int]:
     """
     if trainer is None:
         return 0, 1
-    kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
-    rank, world = (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (trainer.global_rank, trainer.world_size)
+    rank, world = shares(trainer.strategy)
     connector = getattr(trainer, "_accelerator_connector", None)
     if world > 1 and getattr(connector, "use_distributed_sampler", False):
         raise DataError("AlignmentData shares rows out among ranks itself: set use_distributed_sampler: false.")

@@ -82,9 +82,9 @@ def token_log_probs(model: PreTrainedModel, states: Tensor, targets: Tensor, chu
         return _checkpointed_log_probs(model, states, targets, chunk_size)
     transform = LogitTransform.of(model.config)
     if torch.is_grad_enabled():
-        return _HeadLogProbs.apply(states, head.weight, head.bias, targets, transform, chunk_size)
+        return _HeadLogProbs.apply(states, _local(head.weight), _local(head.bias), targets, transform, chunk_size)
     dtype = _compute_dtype(states)
-    weight, bias = _cast(head.weight, dtype), _cast(head.bias, dtype)
+    weight, bias = _cast(_local(head.weight), dtype), _cast(_local(head.bias), dtype)
     values = []
     with torch.autocast(states.device.type, enabled=False):
         for rows in _chunks(len(states), chunk_size):
@@ -103,7 +103,17 @@ def _is_plain(head: nn.Module) -> bool:
     """Whether a head is exactly a linear layer, whose weight may be used without calling it."""
     # By type, not isinstance: adapters, quantised layers and layers sharded by themselves derive from Linear.
     hooked = any((head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks))
-    return type(head) is nn.Linear and not hooked and not isinstance(head.weight, DTensor)
+    split = isinstance(head.weight, DTensor) and not _is_whole(head.weight)
+    return type(head) is nn.Linear and not hooked and not split
+
+
+def _is_whole(tensor: DTensor) -> bool:
+    return all(placement.is_replicate() for placement in tensor.placements)
+
+
+def _local(tensor: Any) -> Any:
+    """A tensor that every process holds whole (tensor parallelism), as a plain one; each has the whole gradient."""
+    return tensor.to_local(grad_placements=tensor.placements) if isinstance(tensor, DTensor) else tensor
 
 
 def _checkpointed_log_probs(model: PreTrainedModel, states: Tensor, targets: Tensor, chunk_size: int) -> Tensor:

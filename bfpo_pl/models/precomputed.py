@@ -232,7 +232,8 @@ class Precomputed(OtherNetwork):
         # Every machine keeps them, for they may share no disk; where they do, all write the same file.
         writes = int(getattr(run.strategy, "local_rank", 0)) == 0
         batches = rows.batches(missing, self.batch_tokens)
-        turns = [batches[start : start + run.world] for start in range(0, len(batches), run.world)]
+        _, world = run.shares
+        turns = [batches[start : start + world] for start in range(0, len(batches), world)]
         written = time.monotonic()
         try:
             with telling(label, len(missing), _ROWS_WORTH_TELLING) as advance:
@@ -258,9 +259,10 @@ class Precomputed(OtherNetwork):
         lengths = np.array([len(ids) for some in trees for tree in some for ids in tree.response_ids], dtype=np.int64)
         ends = np.cumsum([len(some) for some in keys])
         sums = np.zeros(len(lengths))
-        for turn in range(-(-len(batches) // run.world)):
+        rank, world = run.shares
+        for turn in range(-(-len(batches) // world)):
             # A process whose turn has no batch takes part all the same, for sharded layers wait for it.
-            number = turn * run.world + run.rank
+            number = turn * world + rank
             some = trees[number] if number < len(trees) else []
             batch = collate([(0, tree) for tree in some], ["reference"], [1.0], (), ()).to(run.strategy.root_device)
             with run.strategy.precision_plugin.forward_context():

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from bfpo_pl.batch import PairBatch
 from bfpo_pl.component import Component, UserError
+from bfpo_pl.data.loading import shares
 from bfpo_pl.data.packing import Trees
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
 from bfpo_pl.models.sources import ModelSource
@@ -73,12 +74,19 @@ class RunContext:
         """Lightning's name of the types that are computed in, such as ``bf16-mixed``."""
         return str(getattr(self.strategy.precision_plugin, "precision", "32-true"))
 
+    @property
+    def shares(self) -> tuple[int, int]:
+        """This process's number among those that compute different rows, and how many they are."""
+        return shares(self.strategy)
+
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum of an array over processes."""
+        """The sum of an array over processes that compute different rows; the same on all."""
         if self.world == 1:
             return values
         tensor = torch.from_numpy(values).to(self.strategy.root_device)
-        return self.strategy.reduce(tensor, reduce_op="sum").cpu().numpy()
+        total = self.strategy.reduce(tensor, reduce_op="sum").cpu().numpy()
+        together = self.world // self.shares[1]
+        return total if together == 1 else total // together if total.dtype.kind == "i" else total / together
 
 
 class Reference(Component, ABC):

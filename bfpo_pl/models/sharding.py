@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from bfpo_pl.component import UserError
+from bfpo_pl.models.tensor_parallel import parallelize
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -39,7 +40,7 @@ def shard(
     precision: str = "32-true",
     offload: OffloadPolicy | None = None,
 ) -> None:
-    """Shards a model's parameters over the data-parallel ranks (FSDP2), in place.
+    """Splits a model over the tensor-parallel ranks and shards it over the data-parallel ones (FSDP2), in place.
 
     Gradients are reduced in float32 at least. Under ``bf16-mixed`` blocks are gathered in bfloat16: half the traffic,
     and nothing of a block's weights is left after it has run, whereas autocast's own casts would be kept, unsharded,
@@ -47,12 +48,14 @@ def shard(
 
     Args:
         model: The whole model, the same on every rank.
-        mesh: The strategy's mesh, with a dimension ``data_parallel``.
+        mesh: The strategy's mesh, with dimensions ``data_parallel`` and ``tensor_parallel``.
         methods: Names of methods besides ``forward`` that must gather the root's parameters before they run.
         precision: The trainer's precision.
         offload: What is kept on the CPU. Default: nothing.
     """
     data_parallel = mesh["data_parallel"]
+    if "tensor_parallel" in (mesh.mesh_dim_names or ()) and mesh["tensor_parallel"].size() > 1:
+        parallelize(model, mesh["tensor_parallel"])
     gathered = torch.bfloat16 if precision == "bf16-mixed" else None
     reduced = torch.float32 if precision in ("bf16-mixed", "bf16-true") else None
     block_policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
