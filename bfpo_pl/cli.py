@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -162,16 +163,21 @@ def main(args: list[str] | None = None) -> object:
         return COMMANDS[args[0]](args[1:], load_plugins())
     except SystemExit as error:
         raise SystemExit(exit_code(error)) from error
+    except KeyboardInterrupt as error:
+        sys.stderr.write("bfpo: interrupted before training began.\n")
+        raise SystemExit(128 + signal.SIGINT) from error
     except Exception as error:
         message, code = explained(error)
         if not message or TRACEBACK_VARIABLE in os.environ:
             raise
-        sys.stderr.write(f"bfpo: error: {redacted_text(message)}\n")
+        kind = "" if code > 128 else "error: "  # a stop that was asked for is none
+        sys.stderr.write(f"bfpo: {kind}{redacted_text(message)}\n")
         raise SystemExit(code) from error
 
 
 def _quiet() -> None:
-    """Silences what a user of `bfpo` cannot act upon."""
+    """Silences what a user of `bfpo` cannot act upon, and shows warnings without the line of code that warns."""
+    warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse")

@@ -27,7 +27,9 @@ class Stopped(RunError):
     """
 
     def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"Stopped by {signal.Signals(number).name} after step {step}.")
+        super().__init__(
+            f"Stopped by {signal.Signals(number).name} after step {step}. The same command with --resume auto goes on."
+        )
         self.number = number
         self.exit_code = 128 + number
 

@@ -69,6 +69,10 @@ typehints.discard_init_args_on_class_path_change = _discard_all_init_args
 class Parser(LightningArgumentParser):
     """A parser whose errors say what is known and what to do, without the five hundred lines of usage."""
 
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        # `--trainer.max_step=3` would silently be max_steps.
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
     typed: ClassVar[list[str]] = []
     """The command line as typed, to name the key of which a message gives the last part only."""
 

@@ -47,7 +47,7 @@ class ReferenceCLI(BFPOCLI):
         return trainer
 
     def after_fit(self) -> None:
-        """Nothing: there was no fit to tell of."""
+        self.run_record.finish(self.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
         warnings.filterwarnings("ignore", ".*configure_optimizers` returned `None`.*")

@@ -38,6 +38,23 @@ def metrics_rows(run_folder):
         return list(csv.DictReader(file))
 
 
+def test_an_abbreviated_option_is_refused(bfpo, base, small, capsys):
+    """`--trainer.max_step` for max_steps would otherwise train with it, silently."""
+    text = refused(capsys, bfpo, "fit", *base, *small, "--trainer.max_step=3")
+    assert "--trainer.max_step=3" in text
+
+
+def test_ctrl_c_before_training_is_one_line(bfpo, base, small, capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bfpo_pl.cli.load_plugins", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        bfpo("fit", *base, *small)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "bfpo: interrupted before training began.\n"
+
+
 def test_fit_leaves_a_complete_record(bfpo, base, small):
     run = bfpo("fit", *base, *small, "--trainer.val_check_interval=2")
     folder = run.run_folder
