@@ -49,3 +49,13 @@ def check_range(
         closing = ")" if high_open or math.isinf(high) else "]"
         raise UserError(f"{type(owner).__name__}: {name} must lie in {opening}{low:g}, {high:g}{closing}, not {value}.")
     return number
+
+
+def causes_of(error: BaseException) -> list[BaseException]:
+    """An error and those that led to it."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return causes

@@ -7,7 +7,7 @@ import pickle
 import signal
 import traceback
 
-from bfpo_pl.component import RunError, UserError
+from bfpo_pl.component import RunError, UserError, causes_of
 from bfpo_pl.runs import started_by_another
 
 MISTAKE = 2
@@ -36,7 +36,7 @@ def explained(error: BaseException) -> tuple[str, int]:
     from bfpo_pl.checkpoints.shards import ForeignCodeError
     from bfpo_pl.guard import Stopped
 
-    causes = _causes(error)
+    causes = causes_of(error)
     for cause in causes:
         if isinstance(cause, UserError):  # the parser wraps what a component says of its arguments
             return str(cause), MISTAKE
@@ -89,12 +89,3 @@ def _of_the_machine(error: BaseException) -> str:
             f"for torchrun another --rdzv_endpoint (--standalone chooses one by itself)."
         )
     return ""
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return causes

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bfpo_pl.checkpoints.atomic import sync_file, sync_folder
 from bfpo_pl.component import UserError
 
 _SPARE = 2**24
@@ -79,7 +79,7 @@ def replaced_folder(folder: Path, replace: bool) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
         part.rename(folder)
-        _sync(folder.parent)
+        sync_folder(folder.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -95,13 +95,7 @@ def _settle(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(rights)
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_file(path)
+        else:
+            sync_folder(path)
+    sync_folder(folder)

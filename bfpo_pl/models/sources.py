@@ -40,7 +40,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from bfpo_pl.component import Component, UserError, check_range
+from bfpo_pl.component import Component, UserError, causes_of, check_range
 from bfpo_pl.models.outline import Outline, WholeOnly
 from bfpo_pl.models.quantization import FourBit
 from bfpo_pl.models.trainable import LoRA, TrainablePart
@@ -205,7 +205,7 @@ class HFModel(ModelSource):
             except OSError as error:
                 # The repository has no such file; or its copy in the cache has none, and nobody else is to be asked.
                 absent = EntryNotFoundError if constants.HF_HUB_OFFLINE else RemoteEntryNotFoundError
-                if any(isinstance(cause, absent) for cause in _causes(error)):
+                if any(isinstance(cause, absent) for cause in causes_of(error)):
                     return None
                 raise
 
@@ -378,16 +378,6 @@ def _expanded(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    """An error and those that led to it."""
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return causes
-
-
 class _explained:
     """Turns the errors of Hub and loader into one sentence with a remedy."""
 
@@ -400,7 +390,7 @@ class _explained:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ModelSourceError) or not isinstance(error, _LOADING_ERRORS):
             return
-        causes = _causes(error)
+        causes = causes_of(error)
         text = " ".join(str(error).split())
         if any(isinstance(item, GatedRepoError) for item in causes) or "gated repo" in text:
             remedy = (
