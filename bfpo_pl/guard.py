@@ -47,8 +47,10 @@ class UpdateGuard:
         """Steps left out so far."""
         self.norm: Tensor | None = None
         """Norm of the last step's gradient over all ranks, before clipping; a scalar, sharded if gradients are."""
+        self.signals: tuple[int, ...] = (int(signal.SIGTERM), int(signal.SIGINT))
+        """The signals that may ask for a stop, the same on every rank; if several come, the first here counts."""
         self.requested = 0
-        """The signal that asks this process to stop; 0 for none."""
+        """The one that asks this process to stop; 0 for none."""
         self.agreed = 0
         """The signal for which all processes stop after this step; 0 for none."""
         self._bad_loss: Tensor | None = None
@@ -94,12 +96,11 @@ class UpdateGuard:
         norm = self.norm.full_tensor() if isinstance(self.norm, DTensor) else self.norm
         bad_norm = ~torch.isfinite(norm.detach()) if check_gradients else torch.zeros_like(norm, dtype=torch.bool)
         bad_loss = torch.zeros_like(bad_norm) if bad_loss is None else bad_loss.to(bad_norm.device)
-        stop = torch.full_like(norm, float(self.requested != 0))
-        flags = torch.stack([bad_loss.to(norm.dtype), bad_norm.to(norm.dtype), stop])
-        # One look at the device for all three, and one for what only a failure needs.
-        loss_flag, norm_flag, stop_flag = mean_over_ranks(flags).tolist()
-        if stop_flag > 0:
-            self.agreed = self.requested or int(signal.SIGTERM)
+        stops = [torch.full_like(norm, float(self.requested == number)) for number in self.signals]
+        flags = torch.stack([bad_loss.to(norm.dtype), bad_norm.to(norm.dtype), *stops])
+        # One look at the device for all of them, and one for what only a failure needs.
+        loss_flag, norm_flag, *stop_flags = mean_over_ranks(flags).tolist()
+        self.agreed = next((n for n, flag in zip(self.signals, stop_flags, strict=True) if flag), 0)
         if not loss_flag and not norm_flag:
             return
         what = _what_is_wrong(loss_flag > 0, bool(bad_loss), origins, named)

@@ -43,11 +43,12 @@ class MetricsFile(CSVLogger):
         return self._experiment  # type: ignore[return-value]
 
     @rank_zero_only
-    def forget_after(self, step: int) -> None:
+    def forget_after(self, step: int, validated: int) -> None:
         """Leaves out the rows of later steps, which are trained again, and a last one that was not written to its end.
 
         Args:
             step: The optimizer step that the run goes on from.
+            validated: The last step whose validation is kept; others run again.
         """
         path = Path(self.experiment.metrics_file_path)
         if not path.is_file():
@@ -56,7 +57,8 @@ class MetricsFile(CSVLogger):
         whole = text[: text.rfind("\n") + 1]
         reader = csv.DictReader(io.StringIO(whole, newline=""))
         names, rows = list(reader.fieldnames or []), list(reader)
-        kept = [row for row in rows if int(row["step"]) <= step]
+        last = [validated if any(row[name] for name in names if name.startswith("val/")) else step for row in rows]
+        kept = [row for row, most in zip(rows, last, strict=True) if int(row["step"]) <= most]
         if len(kept) == len(rows) and whole == text:
             return
         part = path.with_name(path.name + ".part")

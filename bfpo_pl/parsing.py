@@ -28,17 +28,19 @@ from bfpo_pl.callbacks.progress import progress_callback
 from bfpo_pl.callbacks.record import RunRecord
 from bfpo_pl.callbacks.stopping import OrderlyStop, end_children
 from bfpo_pl.callbacks.throughput import Throughput
+from bfpo_pl.callbacks.validation import MissedValidation
 from bfpo_pl.checkpoints.file_io import AtomicCheckpointIO
 from bfpo_pl.checkpoints.find import find_checkpoint
 from bfpo_pl.checkpoints.keep import RunCheckpoints
 from bfpo_pl.checkpoints.shards import plain_sharded_reads
 from bfpo_pl.component import UserError
 from bfpo_pl.devices import check_devices
+from bfpo_pl.export.command import export_run
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.loggers import MetricsFile
 from bfpo_pl.plugins import Plugin
 from bfpo_pl.redaction import redacted, redacted_text, secrets_off_the_command_line
-from bfpo_pl.resuming import AlreadyFinished, read_status, resumption
+from bfpo_pl.resuming import FINISHED, AlreadyFinished, read_status, resumption, write_status
 from bfpo_pl.runs import check_writable, hand_down, new_run_folder
 from bfpo_pl.summary import print_validation
 from bfpo_pl.training import ResponseModule
@@ -243,6 +245,20 @@ class BFPOCLI(LightningCLI):
             return
         self.run_folder = hand_down(found.folder)
         config.ckpt_path = None if found.checkpoint is None else str(found.checkpoint)
+        if 0 < config.trainer.max_steps <= (found.step or 0):
+            self._finish(config)
+
+    def _finish(self, config: Namespace) -> NoReturn:
+        """Ends a run that was stopped between its last step and its end: what is left is its export, in one process."""
+        rank_zero_info(f"The run had made its last step; what was left is its export. {config.ckpt_path} has it.")
+        export = config.export
+        if export.enabled and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            folder = export.folder or str(self.run_folder / "export")
+            export_run(
+                str(self.run_folder), folder, config.ckpt_path, export.merge, export.max_shard_size, overwrite=True
+            )
+            write_status(self.run_folder, FINISHED, step=config.trainer.max_steps, reason=None)
+        raise SystemExit(0)
 
     def _wandb_id(self) -> str | None:
         return (read_status(self.run_folder) or {}).get("wandb_id")
@@ -325,7 +341,7 @@ class BFPOCLI(LightningCLI):
         self.run_record = RunRecord(self.run_folder, self.record, self.command, notes)
         kwargs["callbacks"] = [self.run_record, Throughput(), *callbacks]
         if self.subcommand == "fit":
-            kwargs["callbacks"].append(OrderlyStop())
+            kwargs["callbacks"] += [MissedValidation(), OrderlyStop()]
         more = [config[key] for key in self._parser(self.subcommand).callback_keys]
         if config.trainer.enable_checkpointing is False:
             more = [callback for callback in more if not isinstance(callback, ModelCheckpoint)]

@@ -33,10 +33,12 @@ class Resumption:
     Args:
         folder: Its folder.
         checkpoint: Its newest complete checkpoint; None if it has none, so that it starts anew in its folder.
+        step: The checkpoint's optimizer step, if that can be told.
     """
 
     folder: Path
     checkpoint: Path | None
+    step: int | None
 
 
 class AlreadyFinished(Exception):
@@ -79,7 +81,7 @@ def resumption(
         rank_zero_warn(f"Passed over, since it is not complete: {passed}")
     where = f"from {found.path.name}" if found.path else "from the start, since it has no complete checkpoint"
     rank_zero_info(f"Going on with the run {folder} {where}.")
-    return Resumption(folder, found.path)
+    return Resumption(folder, found.path, found.step)
 
 
 def _newest_first(experiment: Path) -> Iterator[Path]:

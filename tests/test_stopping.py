@@ -216,6 +216,37 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_in_its_folder(
     assert metrics(folder) == whole
 
 
+def test_a_run_killed_after_its_last_step_is_exported(fit, tmp_path):
+    run = fit("--trainer.max_steps=4")
+    folder = run.run_folder
+    whole = weights(folder)
+    (folder / "export" / "model.safetensors").unlink()
+    (folder / "status.json").write_text(json.dumps({"state": "running"}))
+    with pytest.raises(SystemExit) as caught:
+        fit("--trainer.max_steps=4", "--resume=auto")
+    assert caught.value.code == 0
+    assert status(folder)["state"] == "finished"
+    assert weights(folder).keys() == whole.keys()
+    assert all(torch.equal(weights(folder)[name], value) for name, value in whole.items())
+
+
+def test_a_validation_that_a_kill_came_before_runs_when_the_fit_goes_on(fit, tmp_path):
+    """The checkpoint of step 4 is there, and nothing of the validation that was due after it."""
+    settings = ["--trainer.val_check_interval=8", "--trainer.max_steps=6", "--checkpoint.monitor=val/all/all/loss"]
+    whole = fit(*settings).run_folder
+    plant = ["--trainer.callbacks+=interruptions.FailAtValidation", f"--trainer.callbacks.once={tmp_path / 'failed'}"]
+    with pytest.raises(SystemExit):
+        fit(*settings, *plant)
+    resumed = fit(*settings, *plant, "--resume=auto").run_folder
+    assert resumed != whole
+    assert len(list((tmp_path / "runs" / "bfpo").iterdir())) == 2
+    assert metrics(resumed) == metrics(whole)
+    assert any(step == "4" and name.startswith("val/") for step, name, _ in metrics(whole))
+    scores = [json.loads((folder / "checkpoints/index.json").read_text()) for folder in (whole, resumed)]
+    assert scores[0] == scores[1]
+    assert_equal_weights(resumed, whole)
+
+
 def test_the_same_wandb_run_goes_on(stopped, fit, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
     logger = ["-c", "configs/logger/wandb_offline.yaml"]

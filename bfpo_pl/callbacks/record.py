@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from bfpo_pl.callbacks.validation import is_missing
 from bfpo_pl.component import UserError
 from bfpo_pl.guard import Stopped
 from bfpo_pl.loggers import MetricsFile
@@ -99,10 +100,11 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets what was recorded after the step that the run goes on from."""
         if trainer.is_global_zero:
+            step, again = trainer.global_step, is_missing(trainer, pl_module)
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsFile):
-                    logger.forget_after(trainer.global_step)
-            _keep_samples(self.folder / "samples.jsonl", trainer.global_step)
+                    logger.forget_after(step, step - 1 if again else step)
+            _keep_samples(self.folder / "samples.jsonl", step - 1 if again else step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_data(trainer)  # streaming sources count as they are read

@@ -39,8 +39,9 @@ class OrderlyStop(Callback):
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = int(environment.requeue_signal or signal.SIGUSR1)
+            pl_module.guard.signals = (self._requeue_signal, int(signal.SIGTERM), int(signal.SIGINT))
         if threading.current_thread() is threading.main_thread():
-            for number in {int(signal.SIGTERM), int(signal.SIGINT), self._requeue_signal} - {0}:
+            for number in pl_module.guard.signals:
                 self._before[number] = signal.signal(number, self._note)
         if trainer.received_sigterm:  # while the model was built
             pl_module.guard.requested = int(signal.SIGTERM)

@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from bfpo_pl.checkpoints.atomic import discard, point, recover
-from bfpo_pl.checkpoints.check import problem
+from bfpo_pl.checkpoints.check import checkpoint_step, problem
 from bfpo_pl.checkpoints.index import Index
 from bfpo_pl.checkpoints.space import SaveError
 from bfpo_pl.component import UserError
@@ -218,11 +218,17 @@ class RunCheckpoints(ModelCheckpoint):
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val")))
             raise UserError(f"checkpoint.monitor: validation has no metric '{self.monitor}'. It has: {known}.")
         score = self._score(trainer)
-        if self._last_global_step_saved == trainer.global_step and self._last_checkpoint_saved:
-            path = Path(self._last_checkpoint_saved)
-            _on_rank_zero(trainer, lambda: self._settle(path, score))
+        saved = trainer.strategy.broadcast(self._saved_at(trainer.global_step))
+        if saved is not None:
+            _on_rank_zero(trainer, lambda: self._settle(self.folder / saved, score))
         elif trainer.strategy.broadcast(self._among_best(score)):
             self.save_now(trainer)
+
+    def _saved_at(self, step: int) -> str | None:
+        """Name of this run's checkpoint of a step, also of one saved before the run was stopped and went on."""
+        return next(
+            (name for name in reversed(self._index.scores) if checkpoint_step(self.folder / name) == step), None
+        )
 
     def _among_best(self, score: float | None) -> bool:
         if score is None or self.save_top_k == 0:

@@ -64,6 +64,22 @@ class FailAt(Callback):
             raise RunError(f"the planted failure of rank {self.rank}")
 
 
+class FailAtValidation(Callback):
+    """Raises in the first validation, once.
+
+    Args:
+        once: A file that notes that it did.
+    """
+
+    def __init__(self, once: str) -> None:
+        self.once = once
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if not os.path.exists(self.once):
+            write_time(self.once)
+            raise RunError("the planted failure of a validation")
+
+
 class LastStep(Callback):
     """Notes the last step that ended in the run's folder, for whoever kills the process."""
 
