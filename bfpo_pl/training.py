@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bfpo_pl.batch import PairBatch, Window
 from bfpo_pl.component import RunError, UserError, check_range
-from bfpo_pl.data.loading import rank_and_world
+from bfpo_pl.data.loading import of_every_share, rank_and_world
 from bfpo_pl.guard import Stopped, UpdateGuard
 from bfpo_pl.models.attention import AttentionBackend, Auto
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
@@ -104,8 +104,7 @@ class ResponseModule(LightningModule):
         self.source.check_training(self.trainable, str(self.trainer.precision))
         self.source.check()
         if (size := getattr(self.trainer.strategy, "tensor_parallel_size", 1)) > 1:
-            skeleton = self.source.skeleton()
-            self.trainable.apply(skeleton)
+            self.trainable.apply(skeleton := self.source.skeleton())
             check_plan(skeleton, size)
 
     def _keep_batches_whole(self) -> None:
@@ -188,10 +187,7 @@ class ResponseModule(LightningModule):
         return self.policy.response_log_probs(batch)  # type: ignore[union-attr,operator]
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
-        """The mean of a tensor over processes, without a gradient; itself on one process or without a trainer.
-
-        Those that compute the same rows together have the same values, and all groups of them are equally large.
-        """
+        """The mean of a tensor over processes, without a gradient; itself on one process or without a trainer."""
         if self._trainer is None or self.trainer.world_size == 1:
             return values
         values = values.detach().clone()
@@ -289,15 +285,9 @@ class ResponseModule(LightningModule):
         self._log_if_due()  # a kill between the save and the end of the step would leave these values out for ever
         metric = self._train_metrics
         own = None if metric is None or not metric.update_called else _sums(metric)
-        everyones: list[Any] = [own]
-        if self.trainer.world_size > 1:
-            everyones = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(everyones, own)
-            _, world = rank_and_world(self.trainer)
-            everyones = everyones[:: len(everyones) // world]  # those that share rows have the same sums
         checkpoint[STATE] = {
             "skipped_steps": self.guard.skipped,
-            "train_metrics": everyones,
+            "train_metrics": of_every_share(self.trainer, own),
             "validated_step": self.validated_step,
         }
 

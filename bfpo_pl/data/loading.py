@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from torch import distributed
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from bfpo_pl.batch import Window
@@ -203,6 +204,21 @@ def shares(strategy: Any) -> tuple[int, int]:
     if kwargs:
         return kwargs["rank"], kwargs["num_replicas"]
     return int(getattr(strategy, "global_rank", 0)), int(getattr(strategy, "world_size", 1))
+
+
+def of_every_share(trainer: Any, value: Any) -> list[Any]:
+    """A value of each process that sees different rows, in their order. Every process must call.
+
+    Args:
+        trainer: The trainer.
+        value: This process's; the same on those that see the same rows.
+    """
+    if trainer.world_size == 1:
+        return [value]
+    values = [None] * trainer.world_size
+    distributed.all_gather_object(values, value)
+    _, world = shares(trainer.strategy)
+    return values[:: len(values) // world]  # those that see the same rows are neighbours
 
 
 def rank_and_world(trainer: Any) -> tuple[int, int]:
