@@ -67,6 +67,7 @@ def test_a_shards_payload_runs_on_neither_process(runs, tmp_path):
             return os.mkdir, (str(trace),)
 
     poisoned = Path(shutil.copytree(checkpoint(runs["sharded"], 2), tmp_path / "step=2.ckpt"))
+    (poisoned / "manifest.json").unlink()  # by it the file would be known as damaged
     content = torch.load(poisoned / "meta.pt", weights_only=True)
     torch.save(content | {"innocent": Payload()}, poisoned / "meta.pt")
     done = fit(f"--runs={tmp_path / 'runs'}", f"--ckpt_path={poisoned}")
