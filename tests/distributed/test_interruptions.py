@@ -18,7 +18,6 @@ pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-STRATEGIES = ("ddp", "fsdp2")
 BOUND = 60
 """Seconds in which all processes must have ended after one has failed or been told to stop."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -69,8 +68,15 @@ def assert_equal_weights(ours, theirs):
         assert torch.equal(ours.weights[name], value), name
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "bfpo"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("launcher", "strategy"),
+    [
+        ("torchrun", "fsdp2"),
+        ("bfpo", "ddp"),
+        pytest.param("torchrun", "ddp", marks=pytest.mark.long),
+        pytest.param("bfpo", "fsdp2", marks=pytest.mark.long),
+    ],
+)
 def test_one_process_is_signalled_and_all_stop_after_the_same_step(
     launcher, strategy, tmp_path, started, command, only_run
 ):
@@ -91,8 +97,15 @@ def test_one_process_is_signalled_and_all_stop_after_the_same_step(
     assert list(run.metrics("train/")) == list(range(1, 11))
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "bfpo"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [
+        ("torchrun", 1),
+        ("bfpo", 0),
+        pytest.param("torchrun", 0, marks=pytest.mark.long),
+        pytest.param("bfpo", 1, marks=pytest.mark.long),
+    ],
+)
 def test_a_process_that_fails_ends_the_others_and_its_reason_is_on_the_screen(launcher, rank, tmp_path, command):
     arguments = command("sgd", "fsdp2", tmp_path / "runs", *plant("FailAt", 4, rank, tmp_path))
     code, log, seconds = ended(started_by(launcher, arguments), tmp_path)

@@ -196,11 +196,13 @@ def check_resumed(run, whole):
     ("name", "tolerance"),
     [("sgd", 1e-6), ("adamw", 1e-5), ("sgd-accumulated", 1e-6), ("adamw-accumulated", 1e-5)],
 )
+@pytest.mark.long
 def test_ten_steps_agree_with_one_process(name, tolerance, single, split):
     check_agreement(split[0][name], single[name], tolerance)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-accumulated"])
+@pytest.mark.long
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(name, split):
     runs, _ = split
     checkpoint = runs[name].checkpoint(5)
@@ -208,6 +210,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(name, split):
     check_resumed(runs[f"{name}-resumed"], runs[name])
 
 
+@pytest.mark.long
 def test_checkpoints_go_from_one_process_to_two_and_back(single, split):
     runs, _ = split
     assert difference(runs["from-one"].weights, single["adamw"].weights) <= 1e-5
@@ -215,6 +218,7 @@ def test_checkpoints_go_from_one_process_to_two_and_back(single, split):
     assert list(runs["to-one"].metrics("train/")) == [6, 7, 8, 9, 10]
 
 
+@pytest.mark.long
 def test_validation_agrees_with_one_process(single, split):
     (ours,) = split[0]["validated"].metrics("val/").values()
     theirs = {name: v for name, v in single["sgd"].metrics("val/")[10].items() if "microworld" not in name}
@@ -225,6 +229,7 @@ def test_validation_agrees_with_one_process(single, split):
     assert max(metrics_difference(during[step], other[step]) for step in other) <= 1e-4
 
 
+@pytest.mark.long
 def test_the_microworld_is_judged_as_by_one_process(single, split):
     ours, theirs = split[0]["sgd"].metrics("val/microworld"), single["sgd"].metrics("val/microworld")
     assert list(ours) == list(theirs)
@@ -233,6 +238,7 @@ def test_the_microworld_is_judged_as_by_one_process(single, split):
         assert ours[step] == pytest.approx(values)
 
 
+@pytest.mark.long
 def test_references_agree(single, split):
     runs, _ = split
     assert difference(runs["precomputed"].weights, single["adamw"].weights) <= 1e-5
@@ -240,6 +246,7 @@ def test_references_agree(single, split):
     assert moved(runs["shared-select"].weights) > 1e-3
 
 
+@pytest.mark.long
 def test_the_export_is_of_whole_weights(split):
     run = split[0]["sgd"]
     model = AutoModelForCausalLM.from_pretrained(run.folder / "export")
@@ -248,6 +255,7 @@ def test_the_export_is_of_whole_weights(split):
 
 
 @pytest.mark.parametrize("precision", ["mixed", "true"])
+@pytest.mark.long
 def test_bfloat16_agrees_with_one_process(precision, split):
     run, other = split[0][precision], split[0][f"{precision}-alone"]
     ours, theirs = run.metrics("train/"), other.metrics("train/")
@@ -260,6 +268,7 @@ def test_bfloat16_agrees_with_one_process(precision, split):
     assert torch.cosine_similarity(*moves, dim=0).item() > 0.9
 
 
+@pytest.mark.long
 def test_what_is_not_exact_is_refused_before_anything_loads(split):
     _, refused = split
     assert "an adapter (LoRA) is not split over processes" in refused["lora"]
