@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 import warnings
 
 import pytest
@@ -15,6 +16,11 @@ from bfpo_pl.checkpoints.find import newest_complete
 from bfpo_pl.checkpoints.manifest import read_manifest
 from bfpo_pl.cli import main
 
+pytestmark = pytest.mark.distributed  # they fork, which is safe only where no other test has left threads
+
+PATIENCE = 120
+"""Seconds after which a process that was to be killed has gone wrong."""
+
 
 def killed(action):
     """Does something in a process of its own, which must end by SIGKILL."""
@@ -24,7 +30,14 @@ def killed(action):
             action()
         finally:
             os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    deadline = time.monotonic() + PATIENCE
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGTERM)
+            os.waitpid(child, 0)
+            raise AssertionError("the process hangs")
+        time.sleep(0.01)
+    assert os.WTERMSIG(ended[1]) == signal.SIGKILL
 
 
 def die(*_, **__):
