@@ -7,6 +7,7 @@ import re
 import signal
 import stat
 
+import lightning.pytorch  # noqa: F401  # now: its log handler keeps the standard error of the time of its import
 import pytest
 import torch
 import yaml
