@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from bfpo_pl.checkpoints.atomic import write_text
 from bfpo_pl.checkpoints.find import newest_complete
 from bfpo_pl.component import UserError
 
@@ -166,6 +167,4 @@ def write_status(folder: Path, state: str, **more: Any) -> None:
     """
     own = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname()}
     status = {**(read_status(folder) or {}), **own, "process": os.getpid(), **more}
-    part = folder / f"{STATUS}.part"
-    part.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / STATUS)
+    write_text(folder / STATUS, json.dumps(status, indent=2) + "\n")

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bfpo_pl.callbacks.validation import is_missing
+from bfpo_pl.checkpoints.atomic import write_text
 from bfpo_pl.component import UserError
 from bfpo_pl.guard import Stopped
 from bfpo_pl.loggers import MetricsFile
@@ -77,7 +78,7 @@ class RunRecord(Callback):
         except OSError as error:
             return f"The run folder {self.folder} cannot be written: {error.strerror or error}."
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120)
-        (self.folder / "config.yaml").write_text(f"# bfpo {self.subcommand}\n{text}", encoding="utf-8")
+        write_text(self.folder / "config.yaml", f"# bfpo {self.subcommand}\n{text}")
         record = environment() | {"subcommand": self.subcommand, **self.notes}
         self._write_environment(record)
         self._write_data(trainer)
@@ -95,7 +96,7 @@ class RunRecord(Callback):
         if path.is_file():
             first = json.loads(path.read_text(encoding="utf-8"))
             record = {**first, "resumed": [*first.get("resumed", []), record]}
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(record, indent=2) + "\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets what was recorded after the step that the run goes on from."""
@@ -134,4 +135,4 @@ def _keep_samples(path: Path, step: int) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(kept))

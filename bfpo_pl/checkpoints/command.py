@@ -15,6 +15,7 @@ from bfpo_pl.checkpoints.find import checkpoints_folder, checkpoints_in, half_wr
 from bfpo_pl.checkpoints.index import Index
 from bfpo_pl.checkpoints.keep import LAST
 from bfpo_pl.checkpoints.manifest import DamageError, read_manifest
+from bfpo_pl.checkpoints.shards import ForeignCodeError
 from bfpo_pl.checkpoints.space import shown
 from bfpo_pl.component import UserError
 
@@ -99,8 +100,8 @@ def _table(run: Path, verify: bool) -> tuple[Table, bool]:
 def _problem(path: Path, verify: bool) -> str | None:
     try:
         reason = problem(path, verify)
-    except UserError as error:
-        reason = str(error)
+    except ForeignCodeError as error:
+        reason = f"reading it would run code: {error}"
     return None if reason is None else f"no: {reason}"
 
 

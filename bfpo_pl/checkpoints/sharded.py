@@ -33,7 +33,7 @@ from bfpo_pl.checkpoints.shards import (
     read_metadata,
 )
 from bfpo_pl.checkpoints.space import SaveError, check_space, save_error, tensor_bytes
-from bfpo_pl.component import UserError
+from bfpo_pl.component import UserError, causes_of
 
 
 class AtomicSharded(ModelParallelStrategy):
@@ -137,13 +137,11 @@ def _reason(error: BaseException, path: Path, needed: int, rank: int) -> str:
     """What to say of an error during a save."""
     if isinstance(error, CheckpointException):
         rank, error = first_failure(error)
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes_of(error):
         if isinstance(cause, SaveError):
             return str(cause)
         if isinstance(cause, OSError):
             return str(save_error(path, needed, cause))
-        cause = cause.__cause__ or cause.__context__
     return f"The checkpoint {path} could not be saved; process {rank} had {type(error).__name__}: {error}"
 
 
