@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from bfpo_pl.checkpoints.atomic import write_text
 from bfpo_pl.checkpoints.find import newest_complete
 from bfpo_pl.component import UserError
+from bfpo_pl.runs import newest_first
 
 STATUS = "status.json"
 """Name of the file in a run's folder that says what became of it."""
@@ -68,7 +69,7 @@ def resumption(
     if asked is None:
         return None
     if asked == "auto":
-        folder = next((each for each in _newest_first(experiment) if _is_same(each, command, config)), None)
+        folder = next((each for each in newest_first(experiment) if _is_same(each, command, config)), None)
         if folder is None:
             rank_zero_info(f"--resume auto: {experiment} has no run of this config; a new one starts.")
             return None
@@ -83,11 +84,6 @@ def resumption(
     where = f"from {found.path.name}" if found.path else "from the start, since it has no complete checkpoint"
     rank_zero_info(f"Going on with the run {folder} {where}.")
     return Resumption(folder, found.path, found.step)
-
-
-def _newest_first(experiment: Path) -> Iterator[Path]:
-    folders = [each for each in experiment.iterdir() if each.is_dir()] if experiment.is_dir() else []
-    yield from sorted(folders, key=lambda each: (each.name[:15], each.stat().st_mtime_ns), reverse=True)
 
 
 def _recorded(folder: Path) -> tuple[str, dict[str, Any]] | None:

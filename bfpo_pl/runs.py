@@ -81,6 +81,16 @@ def check_writable(root: Path) -> None:
         ) from error
 
 
+def newest_first(experiment: Path) -> list[Path]:
+    """The folders of an experiment's runs, by the time in their names and then by that of their last change.
+
+    Args:
+        experiment: The folder of the runs.
+    """
+    folders = [folder for folder in experiment.iterdir() if folder.is_dir()] if experiment.is_dir() else []
+    return sorted(folders, key=lambda folder: (folder.name[:15], folder.stat().st_mtime_ns), reverse=True)
+
+
 def environment() -> dict[str, Any]:
     """Versions, machine, git revision and command line of this process; plain data, without secrets."""
     import torch

@@ -13,6 +13,7 @@ from bfpo_pl.checkpoints.index import Index
 from bfpo_pl.checkpoints.keep import LAST, PATTERN
 from bfpo_pl.checkpoints.manifest import DamageError, read_manifest
 from bfpo_pl.component import UserError
+from bfpo_pl.runs import newest_first
 
 CHECKPOINTS = "checkpoints"
 """Name of the folder of checkpoints in a run's folder."""
@@ -84,9 +85,7 @@ def newest_complete(folder: Path, verify: bool = False, before: int | None = Non
 
 def newest_run(experiment: Path) -> Path | None:
     """The newest run of an experiment that has checkpoints; a validation has none, nor has a run stopped before."""
-    runs = [folder for folder in experiment.iterdir() if folder.is_dir()] if experiment.is_dir() else []
-    with_checkpoints = [folder for folder in runs if checkpoints_in(folder)]
-    return max(with_checkpoints, key=lambda folder: (folder.name[:15], folder.stat().st_mtime_ns), default=None)
+    return next((folder for folder in newest_first(experiment) if checkpoints_in(folder)), None)
 
 
 def find_checkpoint(asked: str | None, experiment: Path, own: Path | None = None, verify: bool = False) -> str | None:
