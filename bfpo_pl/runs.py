@@ -99,7 +99,7 @@ def environment() -> dict[str, Any]:
         "command": redacted_command(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "git": git_revision(Path.cwd()),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
@@ -120,7 +120,8 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -14,11 +14,12 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 from xxhash import xxh3_128
+
+from bfpo_pl.runs import package_version
 
 FORMAT = 1
 """Version of what a manifest holds."""
@@ -79,7 +80,7 @@ class Manifest:
             epoch=int(checkpoint.get("epoch", 0)),
             processes=processes,
             files=files,
-            versions={name: found for name in _PACKAGES if (found := _version(name))},
+            versions={name: found for name in _PACKAGES if (found := package_version(name))},
             written=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
 
@@ -185,10 +186,3 @@ def _comment(path: Path) -> bytes:
     if struct.unpack("<H", tail[at + _END_SIZE - 2 : at + _END_SIZE])[0] != len(comment):
         raise DamageError("its end is missing")
     return comment
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
