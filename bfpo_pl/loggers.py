@@ -12,6 +12,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
+from bfpo_pl.checkpoints.atomic import write_text
+from bfpo_pl.component import RunError
+
 
 class _Continuing(ExperimentWriter):
     """Lightning's writer, which would delete a file that is there."""
@@ -43,6 +46,22 @@ class MetricsFile(CSVLogger):
         return self._experiment  # type: ignore[return-value]
 
     @rank_zero_only
+    def save(self) -> None:
+        """Writes what was logged since the last time.
+
+        Raises:
+            RunError: It cannot be written, for instance because the disk is full.
+        """
+        try:
+            super().save()
+        except OSError as error:
+            path = self.experiment.metrics_file_path
+            raise RunError(
+                f"The metrics of the run cannot be written to {path}: {error.strerror or error}. What is in it, and "
+                f"the checkpoints, are as they were: once there is room, go on with --resume {Path(path).parent}."
+            ) from error
+
+    @rank_zero_only
     def forget_after(self, step: int, validated: int) -> None:
         """Leaves out the rows of later steps, which are trained again, and a last one that was not written to its end.
 
@@ -61,9 +80,8 @@ class MetricsFile(CSVLogger):
         kept = [row for row, most in zip(rows, last, strict=True) if int(row["step"]) <= most]
         if len(kept) == len(rows) and whole == text:
             return
-        part = path.with_name(path.name + ".part")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=names)
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(part, path)
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(kept)
+        write_text(path, file.getvalue())

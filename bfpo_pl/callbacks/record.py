@@ -127,7 +127,7 @@ class RunRecord(Callback):
     def _write_data(self, trainer: Trainer) -> None:
         report = getattr(getattr(trainer, "datamodule", None), "report", None)
         if report and trainer.is_global_zero and self.folder.is_dir():
-            (self.folder / "data.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            write_text(self.folder / "data.json", json.dumps(report, indent=2) + "\n")
 
 
 def _keep_samples(path: Path, step: int) -> None:

@@ -32,7 +32,7 @@ from bfpo_pl.checkpoints.shards import (
     plain_errors,
     read_metadata,
 )
-from bfpo_pl.checkpoints.space import SaveError, check_space, save_error, tensor_bytes
+from bfpo_pl.checkpoints.space import SaveError, check_space, no_room, save_error, tensor_bytes
 from bfpo_pl.component import UserError, causes_of
 
 
@@ -142,6 +142,9 @@ def _reason(error: BaseException, path: Path, needed: int, rank: int) -> str:
             return str(cause)
         if isinstance(cause, OSError):
             return str(save_error(path, needed, cause))
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        # torch's writer of archives turns an error of the operating system into one of its own without the cause.
+        return no_room(path, needed, f"process {rank} could not write its file to its end")
     return f"The checkpoint {path} could not be saved; process {rank} had {type(error).__name__}: {error}"
 
 

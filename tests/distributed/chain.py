@@ -6,6 +6,7 @@
 each to ``jobs.done``.
 """
 
+import faulthandler
 import glob
 import json
 import os
@@ -23,15 +24,21 @@ def resolved(argument: str) -> str:
     return f"{key}={glob.glob(value)[0]}" if key == "--ckpt_path" else argument
 
 
+LIMIT = 120
+"""Seconds after which a job that hangs ends all of them, with the stack of every thread."""
+
+
 def run(jobs_file: Path) -> None:
     done = {}
     for name, arguments in json.loads(jobs_file.read_text()).items():
+        faulthandler.dump_traceback_later(LIMIT, exit=True)
         try:
             main([resolved(argument) for argument in arguments])
             done[name] = "ok"
         except (Exception, SystemExit):
             done[name] = traceback.format_exc()
             traceback.print_exc()
+    faulthandler.cancel_dump_traceback_later()
     if os.environ.get("RANK", "0") == "0":
         jobs_file.with_suffix(".done").write_text(json.dumps(done))
 

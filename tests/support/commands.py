@@ -151,7 +151,7 @@ def execute(arguments: list[str], folder: Path) -> str:
     }
     done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=900, env=environment)
     log = done.stdout + done.stderr
-    assert done.returncode == 0, f"{' '.join(arguments)}\n{log[-6000:]}"
+    assert done.returncode == 0, f"{' '.join(arguments)}\n{log[-20000:]}"
     return log
 
 
