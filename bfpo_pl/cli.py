@@ -79,6 +79,15 @@ def estimate(args: list[str], plugins: list[Plugin]) -> object:
     return run_estimate(args, plugins)
 
 
+def sweep(args: list[str], plugins: list[Plugin]) -> object:
+    """Runs the trials of a W&B sweep file without a server; goes on with those that are left."""
+    from bfpo_pl.function_parser import call_with
+    from bfpo_pl.sweep.command import run_sweep
+
+    spec = [f"--spec={args[0]}"] if args and not args[0].startswith("-") else []
+    return call_with("bfpo sweep", run_sweep, [*spec, *args[len(spec) :]])
+
+
 def components(args: list[str], plugins: list[Plugin]) -> None:
     """Lists labelings, losses, references, sources and plugins; with a NAME, says what it means and takes."""
     import bfpo_pl.data.datamodule  # noqa: F401  # its imports define the components
@@ -118,6 +127,7 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "export": export,
     "generate": generate,
     "estimate": estimate,
+    "sweep": sweep,
     "components": components,
     "demo": demo,
 }

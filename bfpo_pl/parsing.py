@@ -223,6 +223,8 @@ class BFPOCLI(LightningCLI):
         if config.resume and config.get("ckpt_path"):
             raise UserError("Set --resume or --ckpt_path, not both: a run that goes on takes its own checkpoint.")
         config.ckpt_path = self._find_checkpoint(config)
+        for part in (config.model.policy, config.model.get("reference"), config.export):
+            _fill_in_seed(part, config.seed_everything)
         dumped = self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_none=False, format="yaml")
         self.record = yaml.safe_load(dumped)
         self._choose_run_folder(config)
@@ -351,6 +353,15 @@ class BFPOCLI(LightningCLI):
             more = [callback for callback in more if not isinstance(callback, ModelCheckpoint)]
         kwargs["plugins"] = _with_checkpoint_io(config.trainer.plugins)
         return self._instantiate_trainer({**config.trainer, **kwargs}, more)
+
+
+def _fill_in_seed(part: Any, seed: Any) -> None:
+    """Puts the run's seed in the place of ``{seed}`` in names and paths, so that each seed has a model of its own."""
+    for key, value in vars(part).items() if isinstance(part, Namespace) else ():
+        if isinstance(value, str):
+            part[key] = value.replace("{seed}", str(seed))
+        else:
+            _fill_in_seed(value, seed)
 
 
 def _with_checkpoint_io(configured: Any) -> list[Any]:

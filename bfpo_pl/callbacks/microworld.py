@@ -12,12 +12,13 @@ from lightning.pytorch.loggers import WandbLogger
 
 from bfpo_pl.component import UserError, check_range
 from bfpo_pl.data.loading import rank_and_world
+from bfpo_pl.data.microworld_sources import seed_or_run_seed
 from bfpo_pl.generation import generate
 from bfpo_pl.microworld import SPLITS
 from bfpo_pl.microworld.evaluation import LONGEST_ANSWER, Evaluation, evaluate
 from bfpo_pl.training import ResponseModule
 
-HEADLINES = ("helpfulness", "harmlessness", "over_refusal", "benign/malformed", "harmful/malformed")
+HEADLINES = ("helpfulness", "harmlessness", "both", "over_refusal", "benign/malformed", "harmful/malformed")
 """What is logged of the judge's scores, with the harmlessness of each class of prompts beside it."""
 
 
@@ -30,7 +31,7 @@ class MicroworldEvaluation(Callback):
 
     Args:
         split: Prompts of combinations that no training row shows: ``validation``, or ``heldout`` for final figures.
-        split_seed: Which split of the combinations; the one of the training data.
+        split_seed: Which split of the combinations; the one of the training data. null for the run's seed.
         temperatures: One pass of generation each; 0 is greedy.
         max_prompts: Takes evenly spread prompts only. Default: all of the split.
         batch_size: Prompts at once.
@@ -40,7 +41,7 @@ class MicroworldEvaluation(Callback):
     def __init__(
         self,
         split: str = "validation",
-        split_seed: int = 0,
+        split_seed: int | None = 0,
         temperatures: tuple[float, ...] = (0.0, 0.5),
         max_prompts: int | None = None,
         batch_size: int = 192,
@@ -49,7 +50,7 @@ class MicroworldEvaluation(Callback):
         if split not in SPLITS:
             raise UserError(f"MicroworldEvaluation: split must be one of {', '.join(SPLITS)}, not '{split}'.")
         self.split = split
-        self.split_seed = split_seed
+        self.split_seed = seed_or_run_seed(split_seed)
         self.temperatures = tuple(check_range(self, "temperatures", value, 0.0) for value in temperatures)
         self.max_prompts = None if max_prompts is None else int(check_range(self, "max_prompts", max_prompts, 1))
         self.batch_size = int(check_range(self, "batch_size", batch_size, 1))
@@ -57,18 +58,22 @@ class MicroworldEvaluation(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ResponseModule)
-        if trainer.sanity_checking:
-            return
+        if not trainer.sanity_checking:
+            pl_module.log_validation_values(self._judged(trainer, pl_module, "val"))
+
+    def _judged(self, trainer: Trainer, module: ResponseModule, stage: str) -> dict[str, float]:
+        """Answers at every temperature: writes samples, and returns the metrics by name."""
+        values: dict[str, float] = {}
         for temperature in self.temperatures:
-            evaluation = self.evaluate(trainer, pl_module, temperature)
+            evaluation = self.evaluate(trainer, module, temperature)
             name = "greedy" if temperature == 0 else f"t{temperature:g}"
             flat = evaluation.scores.as_dict()
             shown = {key: flat[key] for key in (*HEADLINES, *(key for key in flat if key.endswith("_pair/harmless")))}
             # NaN where the prompts asked for have none of a kind
-            known = {f"val/microworld/{name}/{key}": value for key, value in shown.items() if value == value}
-            pl_module.log_validation_values(known)
+            values |= {f"{stage}/microworld/{name}/{key}": value for key, value in shown.items() if value == value}
             if trainer.is_global_zero:
                 self._write_samples(trainer, name, evaluation)
+        return values
 
     def evaluate(self, trainer: Trainer, module: ResponseModule, temperature: float) -> Evaluation:
         """Judges the module's policy; every rank answers its share of the prompts and gets all the answers."""
@@ -110,13 +115,49 @@ class MicroworldEvaluation(Callback):
         rows = evaluation.samples
         kept = [rows[index * len(rows) // self.samples] for index in range(min(self.samples, len(rows)))]
         step = trainer.global_step
-        table: list[dict[str, Any]] = [{"step": step, "decoding": name, **row} for row in kept]
+        table: list[dict[str, Any]] = [
+            {"step": step, "decoding": name, **row, "split": self.split} for row in kept
+        ]
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in table)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and table:
+                shown = name if self.split == "validation" else f"{self.split}/{name}"
                 logger.log_table(
-                    f"samples/{name}", columns=list(table[0]), data=[list(row.values()) for row in table], step=step
+                    f"samples/{shown}", columns=list(table[0]), data=[list(row.values()) for row in table], step=step
                 )
+
+
+class MicroworldTest(MicroworldEvaluation):
+    """Answers held-out prompts once, when training ends; for figures to report, after settings were chosen on others.
+
+    Metrics are named ``test/microworld/{greedy|t0.5}/{helpfulness|harmlessness|both|…}``.
+
+    Args:
+        split: Prompts of combinations that no training row shows: ``heldout``, or ``validation``.
+        split_seed: Which split of the combinations; the one of the training data. null for the run's seed.
+        temperatures: One pass of generation each; 0 is greedy.
+        max_prompts: Takes evenly spread prompts only. Default: all of the split.
+        batch_size: Prompts at once.
+        samples: Answers kept for the table, evenly spread.
+    """
+
+    def __init__(
+        self,
+        split: str = "heldout",
+        split_seed: int | None = 0,
+        temperatures: tuple[float, ...] = (0.0, 0.5),
+        max_prompts: int | None = None,
+        batch_size: int = 192,
+        samples: int = 12,
+    ) -> None:
+        super().__init__(split, split_seed, temperatures, max_prompts, batch_size, samples)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: these prompts are left alone until the end."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, ResponseModule)
+        pl_module.write(self._judged(trainer, pl_module, "test"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,18 @@ from bfpo_pl.component import check_range
 from bfpo_pl.data.sources import RawRow, Source, SourceError
 
 
+def seed_or_run_seed(seed: int | None) -> int:
+    """A seed as given, or the run's (``seed_everything``) where it is null."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+
+
 class _Microworld(Source):
     """What the microworld's sources share: counts, seeds and origins."""
 
-    def __init__(self, count: int, validation_count: int, seed: int, split_seed: int) -> None:
+    def __init__(self, count: int, validation_count: int, seed: int | None, split_seed: int | None) -> None:
         self.count = int(check_range(self, "count", count, 1))
         self.validation_count = int(check_range(self, "validation_count", validation_count, 0))
-        self.seed, self.split_seed = seed, split_seed
+        self.seed, self.split_seed = seed_or_run_seed(seed), seed_or_run_seed(split_seed)
 
     def has_split(self, split: str) -> bool:
         return split == "train" or (split == "validation" and self.validation_count > 0)
@@ -54,8 +60,8 @@ class MicroworldSafety(_Microworld):
     Args:
         count: Training pairs.
         validation_count: Validation pairs, about combinations that are not trained on; 0 for none.
-        seed: Seed of the draws.
-        split_seed: Seed of the split of the combinations; the same wherever results are compared.
+        seed: Seed of the draws; null for the run's.
+        split_seed: Seed of the split of the combinations, the same in all stages of a model; null for the run's.
         flag_noise: Probability with which each safety flag is wrong.
         soft_flags: Give each flag as a probability, instead of flipping it, where there is noise.
         unsafe_helpful_share: Share of the pairs whose more helpful response is unsafe and the other safe. Default: the
@@ -66,8 +72,8 @@ class MicroworldSafety(_Microworld):
         self,
         count: int = 4096,
         validation_count: int = 256,
-        seed: int = 0,
-        split_seed: int = 0,
+        seed: int | None = 0,
+        split_seed: int | None = 0,
         flag_noise: float = 0.0,
         soft_flags: bool = False,
         unsafe_helpful_share: float | None = None,
@@ -98,11 +104,11 @@ class MicroworldHelpfulness(_Microworld):
     Args:
         count: Training pairs.
         validation_count: Validation pairs, about combinations that are not trained on; 0 for none.
-        seed: Seed of the draws.
-        split_seed: Seed of the split of the combinations; the same wherever results are compared.
+        seed: Seed of the draws; null for the run's.
+        split_seed: Seed of the split of the combinations, the same in all stages of a model; null for the run's.
     """
 
-    def __init__(self, count: int = 4096, validation_count: int = 256, seed: int = 0, split_seed: int = 0) -> None:
+    def __init__(self, count: int = 4096, validation_count: int = 256, seed: int | None = 0, split_seed: int | None = 0) -> None:
         super().__init__(count, validation_count, seed, split_seed)
 
     def _generated(self, count: int, split: str) -> list[dict[str, Any]]:
@@ -117,11 +123,11 @@ class MicroworldSFT(_Microworld):
     Args:
         count: Training conversations.
         validation_count: Validation conversations, about combinations that are not trained on; 0 for none.
-        seed: Seed of the draws.
-        split_seed: Seed of the split of the combinations; the same wherever results are compared.
+        seed: Seed of the draws; null for the run's.
+        split_seed: Seed of the split of the combinations, the same in all stages of a model; null for the run's.
     """
 
-    def __init__(self, count: int = 4096, validation_count: int = 256, seed: int = 0, split_seed: int = 0) -> None:
+    def __init__(self, count: int = 4096, validation_count: int = 256, seed: int | None = 0, split_seed: int | None = 0) -> None:
         super().__init__(count, validation_count, seed, split_seed)
 
     def _generated(self, count: int, split: str) -> list[dict[str, Any]]:

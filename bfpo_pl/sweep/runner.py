@@ -1,0 +1,196 @@
+"""Runs the trials of a sweep, some at a time, until all are done, too many have failed, or a signal says stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from bfpo_pl.sweep.drawing import Plan
+from bfpo_pl.sweep.expansion import expanded
+from bfpo_pl.sweep.processes import Running, start
+from bfpo_pl.sweep.results import last_value, reason, run_folder
+from bfpo_pl.sweep.spec import SweepSpec
+from bfpo_pl.sweep.store import FAILED, FINISHED, PENDING, RUNNING, STOPPED, SweepFolder, Trial, elapsed
+
+STOP_CODES = {128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGUSR1, -signal.SIGTERM, -signal.SIGINT}
+"""Exit codes of a run that was asked to stop."""
+
+LOOK_EVERY = 0.2
+BEAT_EVERY = 10.0
+
+
+@dataclass
+class _Slot:
+    trial: Trial
+    process: Running
+    since: float
+
+
+class Runner:
+    """Runs trials side by side.
+
+    Args:
+        spec: The sweep.
+        folder: Its folder.
+        plan: Its trials.
+        workers: Trials at a time.
+        max_failures: Failed trials after which no more are started.
+        retry_failed: Whether trials that failed before are run once more.
+        show: Called whenever something has changed, with all recorded trials.
+    """
+
+    def __init__(
+        self,
+        spec: SweepSpec,
+        folder: SweepFolder,
+        plan: Plan,
+        workers: int,
+        max_failures: int,
+        retry_failed: bool,
+        show: Callable[[list[Trial], dict[str, float]], None],
+    ) -> None:
+        self.spec, self.folder, self.plan = spec, folder, plan
+        self.workers, self.max_failures, self.show = workers, max_failures, show
+        self.signal: int | None = None
+        self._again = {trial.id for trial in folder.trials() if retry_failed and trial.status == FAILED}
+        self._slots: dict[int, _Slot] = {}
+        self._failed = 0
+
+    def run(self) -> list[Trial]:
+        """Runs what is left to run; returns all recorded trials."""
+        beat = 0.0
+        with self._signals():
+            try:
+                while True:
+                    changed = self._reap()
+                    changed |= self._fill()
+                    if not self._slots and (self.signal or self.gives_up or not self._is_work_left()):
+                        break
+                    if time.monotonic() - beat > BEAT_EVERY:
+                        self.folder.beat()
+                        beat, changed = time.monotonic(), True
+                    if changed:
+                        self._tell()
+                    time.sleep(LOOK_EVERY)
+            finally:
+                self._end()
+        self._tell()
+        return self.folder.trials()
+
+    def _tell(self) -> None:
+        running = {slot.trial.id: elapsed(slot.since) for slot in self._slots.values()}
+        self.show([trial for trial in self.folder.trials() if self.plan.includes(trial)], running)
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether too many trials failed."""
+        return self._failed >= self.max_failures
+
+    def _fill(self) -> bool:
+        """Starts trials in the free places."""
+        changed = False
+        for place in range(self.workers):
+            if place in self._slots or self.signal or self.gives_up:
+                continue
+            with self.folder.locked():
+                trial = self._take()
+            if trial is None:
+                break
+            self._start(place, trial)
+            changed = True
+        return changed
+
+    def _take(self) -> Trial | None:
+        """A trial that was left, or the plan's next."""
+        known = [trial for trial in self.folder.trials() if self.plan.includes(trial)]
+        for trial in known:
+            left = trial.status in (PENDING, STOPPED, RUNNING) or trial.id in self._again
+            if left and not self.folder.is_taken(trial) and self.folder.take(trial):
+                self._again.discard(trial.id)
+                return trial
+        trial = self.plan.next_trial(known)
+        return trial if trial is not None and self.folder.take(trial) else None
+
+    def _is_work_left(self) -> bool:
+        """Whether some trial runs elsewhere, or in a process that outlived its sweep: it may yet become free."""
+        with self.folder.locked():
+            return any(trial.status == RUNNING and self.plan.includes(trial) for trial in self.folder.trials())
+
+    def _start(self, place: int, trial: Trial) -> None:
+        folder = self.folder.folder(trial).absolute()
+        further = [f"--runs={folder}", "--resume=auto"]
+        environment = {"WANDB_RUN_GROUP": self.spec.name, "WANDB_JOB_TYPE": "trial"} | _share(place, self.workers)
+        words = expanded(self.spec, trial.parameters)
+        process = start(words, further, folder / "log.txt", environment)
+        self.folder.started(trial, process.pid)
+        self._slots[place] = _Slot(trial, process, time.monotonic())
+
+    def _reap(self) -> bool:
+        """Records the trials that ended."""
+        ended = [(place, code) for place, slot in self._slots.items() if (code := slot.process.code()) is not None]
+        for place, code in ended:
+            slot = self._slots.pop(place)
+            trial, folder = slot.trial, self.folder.folder(slot.trial)
+            trial.seconds = round(trial.seconds + elapsed(slot.since), 1)
+            run = run_folder(folder)
+            trial.run = None if run is None else str(run.relative_to(folder))
+            if code == 0:
+                trial.status = FINISHED
+                trial.metric = None if run is None or self.spec.metric is None else last_value(run, self.spec.metric)
+            elif self.signal and code in STOP_CODES:
+                trial.status = STOPPED
+            else:
+                trial.status, trial.error = FAILED, reason(run, folder / "log.txt", code)
+                self._failed += 1
+            if trial.status != STOPPED:
+                self.plan.tell(trial)
+            self.folder.release(trial)
+        return bool(ended)
+
+    def _end(self) -> None:
+        """Asks what still runs to save and end, and waits for it."""
+        if not self._slots:
+            return
+        self.signal = self.signal or signal.SIGTERM
+        for slot in self._slots.values():
+            slot.process.stop()
+        while self._slots:
+            self._reap()
+            time.sleep(LOOK_EVERY)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turns SIGTERM and Ctrl-C into an orderly end."""
+
+        def note(number: int, _: Any) -> None:
+            self.signal = number
+            for slot in self._slots.values():
+                slot.process.stop()
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _share(place: int, workers: int) -> dict[str, str]:
+    """The part of the machine that a place may use: its threads, and its GPUs where there are some."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores // workers))
+    share = {name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    count = torch.cuda.device_count()
+    if count and workers > 1:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+        each = max(1, len(named) // workers)
+        first = place * each % len(named)
+        share["CUDA_VISIBLE_DEVICES"] = ",".join(named[first : first + each])
+    return share

@@ -1,0 +1,230 @@
+"""What a sweep file says: the format of W&B sweeps, read strictly."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bfpo_pl.component import UserError
+
+METHODS = ("grid", "random", "bayes")
+KEYS = (
+    "program",
+    "command",
+    "method",
+    "metric",
+    "parameters",
+    "name",
+    "description",
+    "project",
+    "entity",
+    "run_cap",
+    "early_terminate",
+)
+"""What a sweep file may say at its top level; early_terminate is W&B's alone."""
+
+PARAMETER_KEYS = ("value", "values", "distribution", "min", "max", "q", "parameters")
+UNIFORM = ("uniform", "q_uniform", "int_uniform", "log_uniform", "log_uniform_values", "q_log_uniform_values")
+DISTRIBUTIONS = ("constant", "categorical", *UNIFORM)
+"""Distributions of W&B that run here."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One setting that a sweep varies, or keeps.
+
+    Args:
+        values: What it may be, where it is one of a list.
+        distribution: Where it is drawn: one of `DISTRIBUTIONS`.
+        low: Its smallest value, where it is a number of a range.
+        high: Its largest one.
+        step: Distance of the values, where they are rounded (W&B's ``q``).
+    """
+
+    values: tuple[Any, ...] = ()
+    distribution: str = "categorical"
+    low: float = 0.0
+    high: float = 0.0
+    step: float | None = None
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """A sweep file.
+
+    Args:
+        path: The file.
+        method: ``grid``, ``random`` or ``bayes``.
+        parameters: What varies, by dotted key.
+        command: The command line, with W&B's macros such as ``${args}``.
+        program: What ``${program}`` stands for.
+        metric: What the trials are compared by: a key of metrics.csv. None if the file names none.
+        maximize: Whether a larger metric is better.
+        name: The sweep's name; the file's if it gives none.
+        run_cap: Most trials, where they are drawn.
+        project: The W&B project.
+    """
+
+    path: Path
+    method: str
+    parameters: dict[str, Parameter]
+    command: tuple[str, ...]
+    program: str
+    metric: str | None
+    maximize: bool
+    name: str
+    run_cap: int | None = None
+    project: str | None = None
+    text: str = field(default="", repr=False)
+
+    @property
+    def varied(self) -> list[str]:
+        """The keys that can differ between trials."""
+        return [key for key, parameter in self.parameters.items() if len(parameter.values) != 1]
+
+    def identity(self) -> str:
+        """A digest of what makes trials of two sweeps comparable: all but the values of the parameters."""
+        said = [self.method, self.program, list(self.command), sorted(self.parameters)]
+        return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+
+    def files(self) -> dict[str, str]:
+        """Digests of the files that the command and the parameters name, so that a change is seen."""
+        named = [*self.command, *(value for parameter in self.parameters.values() for value in parameter.values)]
+        paths = {str(value) for value in named if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json"))}
+        return {
+            path: hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+            for path in sorted(paths)
+            if Path(path).is_file()
+        }
+
+
+def read_spec(path: str | Path) -> SweepSpec:
+    """Reads a sweep file.
+
+    Args:
+        path: A W&B sweep YAML.
+
+    Raises:
+        UserError: It cannot be read, or says something that is unknown, missing or empty.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        said = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The sweep file {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"The sweep file {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(said, dict):
+        raise UserError(f"The sweep file {path} must be a mapping with method and parameters.")
+    _known(path, said, KEYS, "")
+    if "early_terminate" in said:
+        raise UserError(f"{path}: early_terminate is not done here; leave it out, or run the sweep by `wandb agent`.")
+    method = said.get("method")
+    if method not in METHODS:
+        raise UserError(f"{path}: method must be one of {', '.join(METHODS)}, not {method!r}.")
+    metric, maximize = _metric(path, said.get("metric"))
+    if method == "bayes" and metric is None:
+        raise UserError(f"{path}: method bayes needs metric.name and metric.goal.")
+    given = said.get("parameters")
+    if not isinstance(given, dict) or not given:
+        raise UserError(f"{path}: parameters must map keys such as model.loss.tau to what they may be; it is empty.")
+    parameters = dict(_parameters(path, given, ""))
+    for key, parameter in parameters.items():
+        if method == "grid" and parameter.distribution in UNIFORM:
+            raise UserError(f"{path}: parameters.{key} is a range, of which no grid can be made; give it values.")
+    run_cap = said.get("run_cap")
+    if run_cap is not None and (not isinstance(run_cap, int) or isinstance(run_cap, bool) or run_cap < 1):
+        raise UserError(f"{path}: run_cap must be a whole number above 0, not {run_cap!r}.")
+    program = str(said.get("program", "bfpo"))
+    return SweepSpec(
+        path, method, parameters, _command(path, said.get("command")), program, metric, maximize,
+        str(said.get("name") or path.stem), run_cap, said.get("project"), text,
+    )  # fmt: skip
+
+
+def grid(spec: SweepSpec) -> Iterator[dict[str, Any]]:
+    """All combinations of a grid, the last parameter changing fastest."""
+    for values in product(*(parameter.values for parameter in spec.parameters.values())):
+        yield dict(zip(spec.parameters, values, strict=True))
+
+
+def _known(path: Path, said: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in said:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            meant = f" Did you mean {close[0]}?" if close else ""
+            raise UserError(f"{path}: {where}{key} is unknown.{meant} Known: {', '.join(known)}.")
+
+
+def _metric(path: Path, said: Any) -> tuple[str | None, bool]:
+    if said is None:
+        return None, True
+    if not isinstance(said, dict) or "name" not in said:
+        raise UserError(f"{path}: metric must have a name and a goal (minimize or maximize).")
+    _known(path, said, ("name", "goal", "target"), "metric.")
+    goal = said.get("goal", "minimize")
+    if goal not in ("minimize", "maximize"):
+        raise UserError(f"{path}: metric.goal must be minimize or maximize, not {goal!r}.")
+    return str(said["name"]), goal == "maximize"
+
+
+def _command(path: Path, said: Any) -> tuple[str, ...]:
+    if said is None:
+        return ("${env}", "${interpreter}", "${program}", "${args}")  # W&B's own default
+    if not isinstance(said, list) or not said:
+        raise UserError(f"{path}: command must be a list of words.")
+    return tuple(str(word) for word in said)
+
+
+def _parameters(path: Path, given: dict[str, Any], prefix: str) -> Iterator[tuple[str, Parameter]]:
+    for name, said in given.items():
+        key = f"{prefix}{name}"
+        if not isinstance(said, dict):
+            raise UserError(f"{path}: parameters.{key} must say value, values or a distribution, not {said!r}.")
+        _known(path, said, PARAMETER_KEYS, f"parameters.{key}.")
+        if "parameters" in said:
+            yield from _parameters(path, said["parameters"], f"{key}.")
+        else:
+            yield key, _parameter(path, key, said)
+
+
+def _parameter(path: Path, key: str, said: dict[str, Any]) -> Parameter:
+    where = f"{path}: parameters.{key}"
+    if "value" in said:
+        return Parameter((said["value"],))
+    if "values" in said:
+        values = said["values"]
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{where}.values must be a list with something in it; a grid over it is empty.")
+        doubled = [value for index, value in enumerate(values) if value in values[:index]]
+        if doubled:
+            raise UserError(f"{where}.values has {doubled[0]!r} twice.")
+        return Parameter(tuple(values))
+    low, high = said.get("min"), said.get("max")
+    if not isinstance(low, int | float) or not isinstance(high, int | float) or not low < high:
+        raise UserError(f"{where} needs value, values, or min and max with min below max; it has {said}.")
+    whole = isinstance(low, int) and isinstance(high, int)
+    distribution = said.get("distribution", "int_uniform" if whole else "uniform")
+    if distribution not in UNIFORM:
+        raise UserError(
+            f"{where}.distribution {distribution!r} does not run here; known: {', '.join(DISTRIBUTIONS)}. "
+            f"`wandb agent` knows more."
+        )
+    if distribution == "log_uniform":  # W&B gives the exponents of e
+        distribution, low, high = "log_uniform_values", math.exp(low), math.exp(high)
+    if "log" in distribution and low <= 0:
+        raise UserError(f"{where}: min must be above 0 for {distribution}.")
+    if distribution == "q_log_uniform_values":
+        raise UserError(f"{where}: q_log_uniform_values does not run here; use log_uniform_values or values.")
+    step = said.get("q", 1.0) if distribution == "q_uniform" else None
+    return Parameter((), distribution, low, high, step)

@@ -1,0 +1,212 @@
+"""The folder of a sweep: its trials, what became of each, and which process has taken it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from bfpo_pl.checkpoints.atomic import write_text
+from bfpo_pl.component import RunError, UserError
+from bfpo_pl.sweep.spec import SweepSpec
+
+PENDING, RUNNING, FINISHED, FAILED, STOPPED = "pending", "running", "finished", "failed", "stopped"
+STALE = 90.0
+"""Seconds without a sign of life after which a trial that another machine has taken is free again."""
+
+TRIAL, CLAIM = "trial.json", "claim.json"
+
+
+@dataclass
+class Trial:
+    """One command of a sweep.
+
+    Args:
+        id: Its name: a digest of its parameters, or its number where they were drawn.
+        parameters: Its values, by dotted key.
+        status: ``pending``, ``running``, ``finished``, ``failed`` or ``stopped``.
+        attempts: How often it was started.
+        error: Why it failed.
+        run: Its run's folder, relative to the trial's.
+        metric: The sweep's metric, of its last row that has one.
+        seconds: What its attempts took together.
+        drawn: Its number in Optuna's study, where it was drawn.
+    """
+
+    id: str
+    parameters: dict[str, Any]
+    status: str = PENDING
+    attempts: int = 0
+    error: str | None = None
+    run: str | None = None
+    metric: float | None = None
+    seconds: float = 0.0
+    drawn: int | None = None
+    host: str | None = None
+
+
+def trial_id(parameters: dict[str, Any]) -> str:
+    """A name for a combination of values, the same in every sweep and on every machine."""
+    text = json.dumps(parameters, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+@dataclass
+class SweepFolder:
+    """The folder of a sweep, which several processes and machines may share.
+
+    Args:
+        path: The folder.
+        mine: Ids of the trials that this process has taken.
+    """
+
+    path: Path
+    mine: set[str] = field(default_factory=set)
+
+    def open(self, spec: SweepSpec) -> None:
+        """Makes the folder, or checks that it is the same sweep's.
+
+        Raises:
+            UserError: It is another sweep's, or a config that trials ran with has changed since.
+            RunError: It cannot be written.
+        """
+        with self._writing(), self.locked():
+            record = self._read(self.path / "sweep.json") or {}
+            if record and record["identity"] != spec.identity():
+                raise UserError(
+                    f"{self.path} is the folder of another sweep: the command, method or keys of {spec.path} have "
+                    f"changed. Give this one a name of its own: --name NEW."
+                )
+            files = spec.files()
+            before = record.get("files", {})
+            changed = [name for name, digest in files.items() if before.get(name, digest) != digest]
+            if changed:
+                raise UserError(
+                    f"{', '.join(changed)} changed since trials of {self.path} ran with it; new trials would not be "
+                    f"comparable. Put it back, or start a sweep of its own: --name NEW."
+                )
+            write_text(self.path / "sweep.yaml", spec.text)
+            content = {"identity": spec.identity(), "files": {**before, **files}}
+            write_text(self.path / "sweep.json", json.dumps(content, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lets one process at a time look for trials and take them."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / "sweep.lock"):
+            yield
+
+    def folder(self, trial: Trial) -> Path:
+        """Where a trial's run and log lie."""
+        return self.path / "trials" / trial.id
+
+    def trials(self) -> list[Trial]:
+        """All trials that are recorded, by id."""
+        files = sorted(self.path.glob(f"trials/*/{TRIAL}"))
+        return [Trial(**content) for content in map(self._read, files) if content is not None]
+
+    def write(self, trial: Trial) -> None:
+        """Records a trial.
+
+        Raises:
+            RunError: It cannot be written, for instance because the disk is full.
+        """
+        with self._writing():
+            self.folder(trial).mkdir(parents=True, exist_ok=True)
+            write_text(self.folder(trial) / TRIAL, json.dumps(vars(trial), indent=2) + "\n")
+
+    def take(self, trial: Trial) -> bool:
+        """Takes a trial for this process, unless another one that lives has it. Only while locked."""
+        claim = self.folder(trial) / CLAIM
+        if self._is_alive(claim):
+            return False
+        trial.status, trial.attempts, trial.error, trial.host = RUNNING, trial.attempts + 1, None, socket.gethostname()
+        self.write(trial)
+        self._claim(trial)
+        self.mine.add(trial.id)
+        return True
+
+    def started(self, trial: Trial, process: int) -> None:
+        """Notes the process of a trial: while that lives, the trial is not free, whatever became of this one."""
+        self._claim(trial, process)
+
+    def _claim(self, trial: Trial, *further: int) -> None:
+        with self._writing():
+            claim = {"host": socket.gethostname(), "processes": [os.getpid(), *further]}
+            write_text(self.folder(trial) / CLAIM, json.dumps(claim) + "\n")
+
+    def release(self, trial: Trial) -> None:
+        """Records what became of a trial that this process had taken."""
+        self.write(trial)
+        (self.folder(trial) / CLAIM).unlink(missing_ok=True)
+        self.mine.discard(trial.id)
+
+    def beat(self) -> None:
+        """A sign of life for all trials of this process."""
+        for name in self.mine:
+            with contextlib.suppress(OSError):
+                os.utime(self.path / "trials" / name / CLAIM)
+
+    def is_taken(self, trial: Trial) -> bool:
+        """Whether a process that lives, this or another, runs the trial."""
+        return trial.id in self.mine or self._is_alive(self.folder(trial) / CLAIM)
+
+    def _is_alive(self, claim: Path) -> bool:
+        owner = self._read(claim)
+        if owner is None:
+            return False
+        if owner["host"] == socket.gethostname():
+            return any(map(_runs, owner["processes"]))
+        clock = self.path / ".clock"  # the file system's time: machines' clocks differ
+        clock.touch()
+        return clock.stat().st_mtime - claim.stat().st_mtime < STALE
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any] | None:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}). Delete its folder to run the trial again.") from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"The sweep's folder {self.path} cannot be written: {error.strerror or error}. What is recorded there "
+                f"stays; the same command goes on once it can."
+            ) from error
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return not _is_zombie(process)
+
+
+def _is_zombie(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False
+
+
+def elapsed(since: float) -> float:
+    """Seconds since a time of `time.monotonic`, rounded."""
+    return round(time.monotonic() - since, 1)

@@ -1,0 +1,73 @@
+"""Sweeps over programs that are not bfpo's: what is run, how often, and what a failure does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bfpo_pl.cli import main
+from bfpo_pl.sweep.store import FAILED, FINISHED, SweepFolder
+
+TRIAL = Path(__file__).parent / "trial.py"
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    def call(*arguments, further=(), numbers=range(6)):
+        path = tmp_path / "sweep.yaml"
+        command = [sys.executable, str(TRIAL), str(tmp_path), *further, "${args}"]
+        path.write_text(f"method: grid\nparameters: {{number: {{values: {list(numbers)}}}}}\ncommand: {command}\n")
+        return main(["sweep", str(path), f"--runs={tmp_path / 'runs'}", *arguments])
+
+    return call
+
+
+def starts(folder):
+    return {int(file.name.partition("-")[2]): file.read_text().count("once") for file in folder.glob("started-*")}
+
+
+def test_every_trial_runs_once(sweep, tmp_path, capsys):
+    trials = sweep("--workers=3")
+    assert [trial.status for trial in trials] == [FINISHED] * 6
+    assert starts(tmp_path) == dict.fromkeys(range(6), 1)
+    assert "6/6 done, 0 running, 0 failed" in capsys.readouterr().out
+    sweep("--workers=3")
+    assert starts(tmp_path) == dict.fromkeys(range(6), 1)  # finished trials are not run again
+    sweep("--workers=3", numbers=range(8))
+    assert starts(tmp_path) == dict.fromkeys(range(8), 1)  # the sweep grew
+
+
+def test_a_failure_is_recorded_and_does_not_stop_the_rest(sweep, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        sweep("--workers=2", further=["--fail=2"])
+    assert ended.value.code == 1
+    trials = SweepFolder(tmp_path / "runs/sweeps/sweep").trials()
+    assert sorted(trial.status for trial in trials) == [FAILED] + [FINISHED] * 5
+    (failed,) = (trial for trial in trials if trial.status == FAILED)
+    assert failed.parameters == {"number": 2}
+    assert failed.error == "exit code 1: the planted failure"
+    said = capsys.readouterr().err
+    assert "1 of 6 trials failed; the last: exit code 1: the planted failure" in said
+    assert "log.txt" in said
+    with pytest.raises(SystemExit):
+        sweep("--workers=2", further=["--fail=2"])
+    assert starts(tmp_path)[2] == 1
+    with pytest.raises(SystemExit):
+        sweep("--workers=2", "--retry_failed=true", further=["--fail=2"])
+    assert starts(tmp_path)[2] == 2
+
+
+def test_a_limit_of_failures_stops_the_sweep(sweep, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sweep("--max_failures=2", numbers=["x", "y", "z", "w"], further=["--sleep=nonsense"])
+    assert "2 of 2 trials failed and the sweep gave up" in capsys.readouterr().err
+    assert len(SweepFolder(tmp_path / "runs/sweeps/sweep").trials()) == 2
+
+
+def test_two_sweeps_of_one_folder_share_its_trials(sweep, tmp_path):
+    command = [sys.executable, "-m", "bfpo_pl.cli", "sweep", str(tmp_path / "sweep.yaml"), f"--runs={tmp_path / 'runs'}"]
+    sweep("--trials=1", further=["--sleep=0.3"], numbers=range(12))  # writes the file
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=200) for process in both] == [0, 0]
+    assert starts(tmp_path) == dict.fromkeys(range(12), 1)

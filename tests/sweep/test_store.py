@@ -1,0 +1,122 @@
+"""Who may run a trial, and what the folder of a sweep keeps."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bfpo_pl.component import RunError, UserError
+from bfpo_pl.sweep.spec import read_spec
+from bfpo_pl.sweep.store import CLAIM, FINISHED, STALE, SweepFolder, Trial, trial_id
+
+
+def test_ids_do_not_depend_on_the_order_of_the_keys():
+    assert trial_id({"a": 1, "b": 2}) == trial_id({"b": 2, "a": 1}) != trial_id({"a": 2, "b": 1})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return SweepFolder(tmp_path / "sweep")
+
+
+def claim_of(folder, trial, **owner):
+    path = folder.folder(trial) / CLAIM
+    path.write_text(json.dumps({"host": "elsewhere", "processes": [1]} | owner))
+    return path
+
+
+def test_a_trial_is_taken_once(folder):
+    trial = Trial("t", {"a": 1})
+    with folder.locked():
+        assert folder.take(trial)
+        assert not SweepFolder(folder.path).take(Trial("t", {"a": 1}))
+    trial.status = FINISHED
+    folder.release(trial)
+    (found,) = folder.trials()
+    assert (found.status, found.attempts, found.parameters) == (FINISHED, 1, {"a": 1})
+    assert not (folder.folder(trial) / CLAIM).exists()
+
+
+def test_a_trial_of_a_process_that_died_is_free(folder):
+    trial = Trial("t", {})
+    folder.write(trial)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    claim_of(folder, trial, host=os.uname().nodename, processes=[dead.pid])
+    assert not folder.is_taken(trial)
+    claim_of(folder, trial, host=os.uname().nodename, processes=[dead.pid, os.getppid()])
+    assert folder.is_taken(trial)
+
+
+def test_a_trial_of_another_machine_is_free_when_that_gives_no_sign_of_life(folder):
+    trial = Trial("t", {})
+    folder.write(trial)
+    claim = claim_of(folder, trial)
+    assert folder.is_taken(trial)
+    old = time.time() - STALE - 5
+    os.utime(claim, (old, old))
+    assert not folder.is_taken(trial)
+
+
+def test_signs_of_life(folder):
+    trial = Trial("t", {})
+    folder.take(trial)
+    claim = folder.folder(trial) / CLAIM
+    os.utime(claim, (0, 0))
+    folder.beat()
+    assert time.time() - claim.stat().st_mtime < 60
+
+
+@pytest.fixture
+def spec(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "part.yaml").write_text("a: 1\n")
+
+    def read(values, command="[bfpo, fit, -c, part.yaml]"):
+        path = tmp_path / "sweep.yaml"
+        path.write_text(f"method: grid\nparameters:\n  seed_everything: {{values: {values}}}\ncommand: {command}\n")
+        return read_spec(path)
+
+    return read
+
+
+def test_a_sweep_may_grow_but_not_become_another(folder, spec):
+    folder.open(spec([1]))
+    folder.open(spec([1, 2]))
+    with pytest.raises(UserError, match=r"is the folder of another sweep.*--name NEW"):
+        folder.open(spec([1], "[bfpo, sft]"))
+
+
+def test_a_config_that_changed_is_refused(folder, spec, tmp_path):
+    folder.open(spec([1]))
+    (tmp_path / "part.yaml").write_text("a: 2\n")
+    with pytest.raises(UserError, match=r"part\.yaml changed since trials"):
+        folder.open(spec([1]))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, spec):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"The sweep's folder .* cannot be written: .* the same command goes on"):
+        SweepFolder(tmp_path / "file").open(spec([1]))
+
+
+def test_a_full_disk(tmp_path_factory):
+    small = tmp_path_factory.mktemp("full")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        folder = SweepFolder(small / "sweep")
+        trial = Trial("t", {})
+        folder.write(trial)
+        with pytest.raises(OSError, match="No space left"), (small / "filler").open("wb") as file:
+            file.write(b"0" * 100_000)
+        trial.status = FINISHED
+        with pytest.raises(RunError, match="No space left on device"):
+            folder.write(trial)
+        (found,) = folder.trials()
+        assert found.status == "pending"  # what was there is whole
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
