@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from parsed import parsed
 
 from bfpo_pl.cli import main
-from bfpo_pl.data.datamodule import AlignmentData
 from bfpo_pl.microworld import safety_rows
 from bfpo_pl.module import PreferenceModule
-from bfpo_pl.parsing import BFPOCLI
-from bfpo_pl.plugins import load_plugins
 from bfpo_pl.sft import SFTModule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -23,20 +21,6 @@ SMALL_MODEL = [f"--model.policy.{size}" for size in ("hidden_size=32", "layers=2
 
 def files(folder):
     return sorted(path.relative_to(CONFIGS.parent).as_posix() for path in (CONFIGS / folder).glob("*.yaml"))
-
-
-class ParsedOnly(BFPOCLI):
-    """Instantiates everything, the Trainer among it; runs nothing and asks no Hub."""
-
-    def after_instantiate_classes(self):
-        pass
-
-    def _run_subcommand(self, subcommand):
-        pass
-
-
-def parsed(*args: str, model=PreferenceModule) -> ParsedOnly:
-    return ParsedOnly(model, AlignmentData, ["fit", *args], load_plugins(), "fit")
 
 
 def experiment_overrides(path, small, small_safety):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -122,7 +123,9 @@ class HubDataset(Source):
     def fingerprint(self, split: str) -> str | None:
         if self.streaming:
             return None
-        return f"{self._load(split)._fingerprint} {self.revision} {self.splits[split]}"
+        folder = Path(self.path).expanduser()
+        state = f" {state_of(folder)}" if folder.is_dir() and not is_saved(folder) else ""
+        return f"{self._load(split)._fingerprint} {self.revision} {self.splits[split]}{state}"
 
     def rows(self, split: str) -> Iterator[tuple[str, RawRow]]:
         name = self._name_of(split)
@@ -145,6 +148,8 @@ class HubDataset(Source):
         name, folder = self._name_of(split), Path(self.path).expanduser()
         if is_saved(folder):
             return self._load_saved(split, folder)
+        # Of a folder with a card `datasets` knows the name alone: it would give the rows of another of that name.
+        own = Path(datasets.config.HF_DATASETS_CACHE) / "folders" / state_of(folder) if folder.is_dir() else None
         try:
             # With `streaming` the validation split is fetched so too: to load it would download the training split.
             return datasets.load_dataset(
@@ -154,6 +159,7 @@ class HubDataset(Source):
                 revision=self.revision,
                 data_dir=self.data_dir,
                 streaming=self.streaming,
+                cache_dir=None if own is None else str(own),
             )
         except Exception as error:  # `datasets` raises a dozen kinds, from the network's to its builders'
             raise SourceError(self._explained(split, error)) from error
@@ -184,6 +190,19 @@ class HubDataset(Source):
                 "`hf auth login`. If it is local: there is no such folder."
             )
         return f"{start}{kind}: {error}"
+
+
+def state_of(folder: Path) -> str:
+    """A digest of where a folder is and of its files' names, sizes and times of change.
+
+    Args:
+        folder: The folder.
+    """
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for file in sorted(each for each in folder.rglob("*") if each.is_file()):
+        found = file.stat()
+        digest.update(f"\n{file.relative_to(folder)} {found.st_size} {found.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
 
 
 def is_saved(folder: Path) -> bool:

@@ -94,7 +94,9 @@ def workload_of(
     validates = bool(data._streams_of("validation")) and trainer.limit_val_batches != 0
     whole = None
     if validates:
-        whole = collate(_items(data, lengths, paired, [data.validation_batch_size]), list(data.streams), _ones(data))
+        unit, responses, rows = _unit(data, lengths, paired)
+        items = _items(unit, responses, [data.validation_batch_size * rows])
+        whole = collate(items, list(data.streams), _ones(data))
     taken = data.streams[data.driver].batch_size
     return Workload(batch, batch, whole, None, math.ceil(1000 / (taken * devices)), assumption)
 
@@ -136,24 +138,28 @@ def _ones(data: AlignmentData) -> list[float]:
 
 def _synthetic(data: AlignmentData, lengths: Lengths, paired: bool) -> PairBatch:
     """A training batch whose rows all have the same lengths, joined as ``data.packing`` and ``data.batching`` do."""
-    if isinstance(data.packing, OfficialPacking):
-        lengths, paired, rows = Lengths(1, data.packing.length - 1), False, 1
-    elif isinstance(data.packing, DocumentPacking):
-        rows = max(1, data.packing.length // _tokens(lengths, paired))
-    else:
-        rows = 1
+    lengths, paired, rows = _unit(data, lengths, paired)
     quotas = [stream.batch_size * rows for stream in data.streams.values()]
     if isinstance(data.batching, TokenBudget):
         units = max(1, data.batching.tokens // (sum(quotas) * _tokens(lengths, paired)))
         quotas = [units * quota for quota in quotas]
-    return collate(_items(data, lengths, paired, quotas), list(data.streams), _ones(data))
+    return collate(_items(lengths, paired, quotas), list(data.streams), _ones(data))
+
+
+def _unit(data: AlignmentData, lengths: Lengths, paired: bool) -> tuple[Lengths, bool, int]:
+    """What a batch size counts, a row or a block: its lengths, whether it has pairs, and the rows in it."""
+    if isinstance(data.packing, OfficialPacking):
+        return Lengths(1, data.packing.length - 1), False, 1
+    if isinstance(data.packing, DocumentPacking):
+        return lengths, paired, max(1, data.packing.length // _tokens(lengths, paired))
+    return lengths, paired, 1
 
 
 def _tokens(lengths: Lengths, paired: bool) -> int:
     return lengths.prompt + (1 + paired) * lengths.response
 
 
-def _items(data: AlignmentData, lengths: Lengths, paired: bool, quotas: list[int]) -> list[tuple[int, PairTree]]:
+def _items(lengths: Lengths, paired: bool, quotas: list[int]) -> list[tuple[int, PairTree]]:
     responses = [np.zeros(lengths.response, dtype=np.int32)] * (1 + paired)
     tree = PairTree(np.zeros(lengths.prompt, dtype=np.int32), responses, ((0, 1),) if paired else ())
     return [(stream, tree) for stream, quota in enumerate(quotas) for _ in range(quota)]

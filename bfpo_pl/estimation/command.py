@@ -38,9 +38,10 @@ loaded or rented: of the model its config.json alone is read, and nothing goes t
   --levers              Lists what would lower the peak, even if the run fits.
   --json                Plain data instead of tables, in bytes, operations and seconds.
 
-  bfpo estimate --device h100 -c configs/base.yaml -c configs/experiment/bfpo.yaml \\
-    -c configs/model/mistral_7b_selective.yaml -c configs/data/paper_bfpo.yaml -c configs/strategy/fsdp2.yaml \\
-    --trainer.devices=4 --model.loss.tau=0.01
+  bfpo estimate --device h100 -c configs/base.yaml -c configs/data/paper_bfpo.yaml \\
+    -c configs/model/mistral_7b_selective.yaml -c configs/reference/shared_weights.yaml \\
+    -c configs/strategy/fsdp2.yaml -c configs/experiment/paper/bfpo.yaml \\
+    --model.policy.path=mistralai/Mistral-7B-v0.1
 docs/estimate.md says how it is computed, and compares it with measurements."""
 
 

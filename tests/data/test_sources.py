@@ -38,6 +38,23 @@ def test_hub_dataset_reads_a_local_folder(folder):
     assert "streaming" not in repr(source)
 
 
+def test_a_folder_with_a_card_is_read_anew_when_it_changes(folder, tmp_path):
+    """`datasets` keeps the rows of such a folder by its name alone, and would give those of another, or older ones."""
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {}.jsonl\n---\n"
+    (tmp_path / "data" / "README.md").write_text(card.format("train"))
+    other = tmp_path / "other" / "data"
+    shutil.copytree(folder, other)
+    (other / "train.jsonl").write_text('{"prompt": "of another", "flag": true}\n')
+    first, second = HubDataset(folder), HubDataset(str(other))
+    assert len(list(first.rows("train"))) == 10
+    assert [raw["prompt"] for _, raw in second.rows("train")] == ["of another"]
+    assert first.fingerprint("train") != second.fingerprint("train")
+    before = second.fingerprint("train")
+    (other / "train.jsonl").write_text('{"prompt": "changed", "flag": true}\n')
+    assert [raw["prompt"] for _, raw in second.rows("train")] == ["changed"]
+    assert second.fingerprint("train") != before
+
+
 ROWS = [
     {"messages": [{"role": "user", "content": f"q{index}"}, {"role": "assistant", "content": "a"}], "score": index / 2}
     for index in range(2500)

@@ -128,6 +128,13 @@ def test_supervised_training_has_one_response(estimated):
     assert said["time"]["tokens"] % (16 + 24) == 0
 
 
+def test_validation_of_packed_rows_is_in_blocks(estimated):
+    """Rows that nothing cuts could have a million tokens; a block has 2,048."""
+    said = estimated("--device=h100", "-c", "configs/sft.yaml", "-c", "configs/data/paper_sft.yaml")
+    assert said["time"]["tokens"] == (4 + 1) * 2048
+    assert said["stages"]["validation"] < 1.5 * said["stages"]["backward"]  # 8 blocks without gradients
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
