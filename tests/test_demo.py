@@ -13,12 +13,13 @@ from bfpo_pl.plots import Point, pareto_figure
 
 @pytest.mark.distributed
 def test_demo_with_few_steps(in_repository, tmp_path, capsys):
-    record = run_demo(["--runs", str(tmp_path), "--trainer.max_steps=3", "--seed=1"])
+    further = ["--trainer.max_steps=3", "--seed=1", "--objectives", "bfpo", "bfpo_nll"]
+    record = run_demo(["--runs", str(tmp_path), *further])
     [folder] = (tmp_path / "demo").iterdir()
     assert json.loads((folder / "results.json").read_text()) == record
     assert record["seed"] == 1
     assert record["heldout_prompts"] >= 500
-    assert set(record["models"]) == {"sft", "helpfulness_only", "bfpo", "bfpo_nll"}
+    assert set(record["models"]) == {"sft", "bfpo", "bfpo_nll"}
     scores = record["models"]["bfpo_nll"]["greedy"]
     assert scores["benign/count"] + scores["harmful/count"] == record["heldout_prompts"]
     assert 0 <= scores["harmlessness"] <= scores["harmful/safe"] <= 1
@@ -32,7 +33,7 @@ def test_demo_with_few_steps(in_repository, tmp_path, capsys):
     ):
         assert words in text
     assert (folder / "pareto.png").stat().st_size > 10_000
-    for stage in ("helpfulness_only", "bfpo", "bfpo_nll"):  # all start from the SFT export
+    for stage in ("bfpo", "bfpo_nll"):  # both start from the SFT export
         [config] = (folder / stage).glob("*/config.yaml")
         assert str(next((folder / "sft").glob("*/export"))) in config.read_text()
 

@@ -71,8 +71,8 @@ def assert_equal_weights(ours, theirs):
 @pytest.mark.parametrize(
     ("launcher", "strategy"),
     [
-        ("torchrun", "fsdp2"),
         ("bfpo", "ddp"),
+        pytest.param("torchrun", "fsdp2", marks=pytest.mark.long),
         pytest.param("torchrun", "ddp", marks=pytest.mark.long),
         pytest.param("bfpo", "fsdp2", marks=pytest.mark.long),
     ],

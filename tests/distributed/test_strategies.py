@@ -115,6 +115,7 @@ def test_a_dropped_pair_counts_for_no_rank(single):
     assert max(norms) > 0.5
 
 
+@pytest.mark.long  # most CPUs emulate bfloat16, slowly
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("precision", ["mixed", "true"])
 def test_bfloat16_agrees_with_one_process(strategy, precision, bfloat16):
@@ -135,6 +136,7 @@ def test_bfloat16_agrees_with_one_process(strategy, precision, bfloat16):
     assert moves[0].norm().item() == pytest.approx(moves[1].norm().item(), rel=0.05)
 
 
+@pytest.mark.long  # most CPUs emulate bfloat16, slowly
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bfloat16_weights_resume_bit_for_bit(strategy, bfloat16):
     run, whole = bfloat16[f"{strategy}-true-resumed"], bfloat16[f"{strategy}-true"]

@@ -46,15 +46,15 @@ def test_a_crash_and_a_nan_are_recorded_with_their_reasons(tmp_path, small, caps
         main(["sweep", str(path), f"--runs={tmp_path}", "--workers=2"])
     assert ended.value.code == 1
     found = trials_of(tmp_path / "sweeps/faults")
-    good = found.pop((1e-3, 0.5))
+    good = found.pop((0.5, 1e-3))
     folder = tmp_path / "sweeps/faults/trials" / good.id
     assert good.status == FINISHED
     assert good.metric == last_value(folder / good.run, METRIC) > 0
     assert json.loads((folder / good.run / "status.json").read_text())["state"] == "finished"
     assert {trial.status for trial in found.values()} == {FAILED}
-    assert "tau" in found[1e-3, -1].error
-    assert "exit code 2" in found[1e-3, -1].error
-    assert "NaN or infinite" in found[1e30, 0.5].error
+    assert "tau" in found[-1, 1e-3].error
+    assert "exit code 2" in found[-1, 1e-3].error
+    assert "NaN or infinite" in found[0.5, 1e30].error
     assert "3 of 4 trials failed" in capsys.readouterr().err
 
 
@@ -125,7 +125,7 @@ def test_trials_share_the_prepared_data(tmp_path, small, monkeypatch):
     path.write_text(yaml.safe_dump(spec))
     main(["sweep", str(path), f"--runs={tmp_path}", "--workers=1"])
     cache = tmp_path / "cache"
-    assert len(list(cache.glob("tokens/*/manifest.json"))) == 4  # two streams, two splits: once for all trials
+    assert len(list(cache.glob("tokens/*/manifest.json"))) == 3  # two streams, one with validation: once for all
     logs = [file.read_text() for file in sorted((tmp_path / "sweeps/shared/trials").glob("*/log.txt"))]
     computed = [int(re.search(r"and of ([\d,]+) computed in", log)[1].replace(",", "")) for log in logs]
     assert sorted(computed)[:2] == [0, 0]  # the reference's log-probs, too: by the first trial
