@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -233,6 +234,8 @@ class BFPOCLI(LightningCLI):
         for logger in _loggers(config.trainer):
             arguments = logger.get("init_args", Namespace())
             own = {"save_dir": str(self.run_folder), "name": self.run_folder.name, "id": self._wandb_id()}
+            own["group"] = os.environ.get("WANDB_RUN_GROUP", config.experiment)
+            own["job_type"] = os.environ.get("WANDB_JOB_TYPE", self.command)
             for key, value in own.items():
                 if key in arguments and arguments[key] in (None, "."):
                     arguments[key] = value

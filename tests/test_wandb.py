@@ -41,6 +41,8 @@ def offline_run(bfpo, base, small, monkeypatch):
         "--trainer.val_check_interval=2",
         "--trainer.callbacks=bfpo_pl.callbacks.microworld.MicroworldEvaluation",
         "--trainer.callbacks.max_prompts=8",
+        "--trainer.logger.tags=[tiny,test]",
+        "--export.artifact=true",
     ]
     bfpo("fit", *base, "-c", "configs/logger/wandb_offline.yaml", *small)  # must not swallow the run that follows
     return bfpo("fit", *base, *arguments, *small)
@@ -72,6 +74,38 @@ def test_offline_run_holds_config_metrics_and_the_sample_table(offline_run):
     media = json.loads((file.parent / "files" / table["samples/greedy/path"]).read_text())
     assert media["columns"][:4] == ["step", "decoding", "prompt", "class"]
     assert len(media["data"]) == 8
+
+
+def test_group_job_type_tags_summaries_and_plot(offline_run):
+    [file] = (offline_run.run_folder / "wandb").glob("offline-run-*/run-*.wandb")
+    read = list(records(file))
+    [run] = [record.run for record in read if record.WhichOneof("record_type") == "run"][:1]
+    assert (run.run_group, run.job_type, list(run.tags)) == ("bfpo", "fit", ["tiny", "test"])
+    metrics = {record.metric.name: record.metric for record in read if record.WhichOneof("record_type") == "metric"}
+    loss = metrics["val/all/all/loss"]
+    assert (loss.step_metric, loss.summary.min, loss.summary.last) == ("trainer/global_step", True, True)
+    assert metrics["val/microworld/greedy/both"].summary.max
+    summary = {}
+    for record in read:
+        if record.WhichOneof("record_type") == "summary":
+            summary |= flat(record.summary.update)
+        elif record.WhichOneof("record_type") == "history":
+            summary |= flat(record.history.item)
+    assert summary["val/microworld/pareto_table/ncols"] == 4
+    assert summary["val/microworld/pareto_table/nrows"] == 2
+    [media] = (file.parent / "files").glob("media/table/val/microworld/pareto_table*.json")
+    points = json.loads(media.read_text())
+    assert points["columns"] == ["helpfulness", "harmlessness", "decoding", "step"]
+    assert [row[2:] for row in points["data"]] == [["greedy", 2], ["t0.5", 2]]
+
+
+def test_an_export_is_kept_as_an_artifact_if_asked(offline_run):
+    [file] = (offline_run.run_folder / "wandb").glob("offline-run-*/run-*.wandb")
+    kept = [record.artifact for record in records(file) if record.WhichOneof("record_type") == "artifact"]
+    [artifact] = [each for each in kept if each.type == "model"]
+    assert artifact.name == f"{offline_run.run_folder.name}-export"
+    names = {entry.path for entry in artifact.manifest.contents}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
 
 
 def test_the_key_is_in_no_file_of_the_run(offline_run):

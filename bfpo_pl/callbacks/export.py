@@ -15,6 +15,7 @@ from bfpo_pl.export.folder import check_target
 from bfpo_pl.export.model import Architecture, Form, export_policy, is_adapters
 from bfpo_pl.export.weights import POLICY
 from bfpo_pl.training import ResponseModule
+from bfpo_pl.wandb_views import log_export, wandb_loggers
 
 
 class ExportHF(Callback):
@@ -25,14 +26,21 @@ class ExportHF(Callback):
         enabled: Whether to export at all.
         max_shard_size: Largest safetensors file.
         merge: Whether an adapter is merged into its base model; otherwise it is written alone, as peft does.
+        artifact: Whether a W&B logger keeps the export as an artifact, which uploads all of it.
     """
 
     def __init__(
-        self, folder: str | None = None, enabled: bool = True, max_shard_size: str = "4GB", merge: bool = True
+        self,
+        folder: str | None = None,
+        enabled: bool = True,
+        max_shard_size: str = "4GB",
+        merge: bool = True,
+        artifact: bool = False,
     ) -> None:
         self.folder = folder
         self.enabled = enabled
         self.form = Form(merge, max_shard_size)
+        self.artifact = artifact
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.folder and self.enabled:
@@ -55,6 +63,9 @@ class ExportHF(Callback):
                 f"The fit is done, but its export failed: {error} The checkpoints are in {run / 'checkpoints'}: "
                 f"`bfpo export --run {run} --to FOLDER`."
             ) from error
+        if self.artifact and trainer.is_global_zero:
+            for logger in wandb_loggers(trainer):
+                log_export(logger, folder, f"{run.resolve().name}-export")
         trainer.strategy.barrier("export")
 
     def _export(self, module: ResponseModule, run: Path, folder: Path, template: Any, step: int, writes: bool) -> None:

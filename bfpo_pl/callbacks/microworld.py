@@ -8,7 +8,6 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 
 from bfpo_pl.component import UserError, check_range
 from bfpo_pl.data.loading import rank_and_world
@@ -17,6 +16,7 @@ from bfpo_pl.generation import generate
 from bfpo_pl.microworld import SPLITS
 from bfpo_pl.microworld.evaluation import LONGEST_ANSWER, Evaluation, evaluate
 from bfpo_pl.training import ResponseModule
+from bfpo_pl.wandb_views import log_pareto, wandb_loggers
 
 HEADLINES = ("helpfulness", "harmlessness", "both", "over_refusal", "benign/malformed", "harmful/malformed")
 """What is logged of the judge's scores, with the harmlessness of each class of prompts beside it."""
@@ -55,11 +55,24 @@ class MicroworldEvaluation(Callback):
         self.max_prompts = None if max_prompts is None else int(check_range(self, "max_prompts", max_prompts, 1))
         self.batch_size = int(check_range(self, "batch_size", batch_size, 1))
         self.samples = int(check_range(self, "samples", samples, 0))
+        self._points: list[dict[str, Any]] = []
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ResponseModule)
         if not trainer.sanity_checking:
-            pl_module.log_validation_values(self._judged(trainer, pl_module, "val"))
+            values = self._judged(trainer, pl_module, "val")
+            pl_module.log_validation_values(values)
+            self._log_pareto(trainer, values)
+
+    def _log_pareto(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Adds a point for each way of decoding to W&B's plot of the run."""
+        for name in dict.fromkeys(key.split("/")[2] for key in values):
+            pair = {key: values.get(f"val/microworld/{name}/{key}") for key in ("helpfulness", "harmlessness")}
+            if None not in pair.values():
+                self._points.append({**pair, "decoding": name, "step": trainer.global_step})
+        if trainer.is_global_zero and self._points:
+            for logger in wandb_loggers(trainer):
+                log_pareto(logger, self._points, "val/microworld/pareto")
 
     def _judged(self, trainer: Trainer, module: ResponseModule, stage: str) -> dict[str, float]:
         """Answers at every temperature: writes samples, and returns the metrics by name."""
@@ -115,19 +128,16 @@ class MicroworldEvaluation(Callback):
         rows = evaluation.samples
         kept = [rows[index * len(rows) // self.samples] for index in range(min(self.samples, len(rows)))]
         step = trainer.global_step
-        table: list[dict[str, Any]] = [
-            {"step": step, "decoding": name, **row, "split": self.split} for row in kept
-        ]
+        table: list[dict[str, Any]] = [{"step": step, "decoding": name, **row, "split": self.split} for row in kept]
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in table)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and table:
-                shown = name if self.split == "validation" else f"{self.split}/{name}"
-                logger.log_table(
-                    f"samples/{shown}", columns=list(table[0]), data=[list(row.values()) for row in table], step=step
-                )
+        shown = name if self.split == "validation" else f"{self.split}/{name}"
+        for logger in wandb_loggers(trainer) if table else ():
+            logger.log_table(
+                f"samples/{shown}", columns=list(table[0]), data=[list(row.values()) for row in table], step=step
+            )
 
 
 class MicroworldTest(MicroworldEvaluation):

@@ -21,6 +21,7 @@ from bfpo_pl.loggers import MetricsFile
 from bfpo_pl.redaction import redacted, redacted_text
 from bfpo_pl.resuming import FAILED, FINISHED, RUNNING, STOPPED, read_status, write_status
 from bfpo_pl.runs import environment
+from bfpo_pl.wandb_views import define_metrics
 
 
 class RunRecord(Callback):
@@ -86,6 +87,7 @@ class RunRecord(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(self.config | {"environment": record}, allow_val_change=True)
+                define_metrics(logger)
                 more["wandb_id"] = logger.experiment.id
         write_status(self.folder, RUNNING, **more)
         return None

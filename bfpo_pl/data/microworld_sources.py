@@ -108,7 +108,9 @@ class MicroworldHelpfulness(_Microworld):
         split_seed: Seed of the split of the combinations, the same in all stages of a model; null for the run's.
     """
 
-    def __init__(self, count: int = 4096, validation_count: int = 256, seed: int | None = 0, split_seed: int | None = 0) -> None:
+    def __init__(
+        self, count: int = 4096, validation_count: int = 256, seed: int | None = 0, split_seed: int | None = 0
+    ) -> None:
         super().__init__(count, validation_count, seed, split_seed)
 
     def _generated(self, count: int, split: str) -> list[dict[str, Any]]:
@@ -127,7 +129,9 @@ class MicroworldSFT(_Microworld):
         split_seed: Seed of the split of the combinations, the same in all stages of a model; null for the run's.
     """
 
-    def __init__(self, count: int = 4096, validation_count: int = 256, seed: int | None = 0, split_seed: int | None = 0) -> None:
+    def __init__(
+        self, count: int = 4096, validation_count: int = 256, seed: int | None = 0, split_seed: int | None = 0
+    ) -> None:
         super().__init__(count, validation_count, seed, split_seed)
 
     def _generated(self, count: int, split: str) -> list[dict[str, Any]]:

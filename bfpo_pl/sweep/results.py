@@ -32,7 +32,9 @@ def reason(run: Path | None, log: Path, code: int) -> str:
         said = json.loads((run / "status.json").read_text(encoding="utf-8"))
         if said.get("state") == "failed" and said.get("reason"):
             return str(said["reason"])
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.is_file() else []
+    lines = (
+        [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.is_file() else []
+    )
     errors = [line for line in lines if line.startswith("bfpo: error:")]
     last = errors[-1] if errors else lines[-1] if lines else "it said nothing"
     ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"

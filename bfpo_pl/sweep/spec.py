@@ -121,7 +121,9 @@ def read_spec(path: str | Path) -> SweepSpec:
         text = path.read_text(encoding="utf-8")
         said = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The sweep file {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        raise UserError(
+            f"The sweep file {path} cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from error
     except yaml.YAMLError as error:
         raise UserError(f"The sweep file {path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(said, dict):

@@ -86,7 +86,9 @@ class Progress:
             state = trial.status if trial.id in running or trial.status != RUNNING else f"running on {trial.host}"
             table.add_row(trial.id, described(self.spec, trial), state, metric, duration(seconds))
         for trial in [trial for trial in trials if trial.status == FAILED][-SHOWN:]:
-            table.add_row(trial.id, f"{described(self.spec, trial)}\n{trial.error}", FAILED, "", duration(trial.seconds))
+            table.add_row(
+                trial.id, f"{described(self.spec, trial)}\n{trial.error}", FAILED, "", duration(trial.seconds)
+            )
         return table
 
 

@@ -66,7 +66,14 @@ def test_a_limit_of_failures_stops_the_sweep(sweep, tmp_path, capsys):
 
 
 def test_two_sweeps_of_one_folder_share_its_trials(sweep, tmp_path):
-    command = [sys.executable, "-m", "bfpo_pl.cli", "sweep", str(tmp_path / "sweep.yaml"), f"--runs={tmp_path / 'runs'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "bfpo_pl.cli",
+        "sweep",
+        str(tmp_path / "sweep.yaml"),
+        f"--runs={tmp_path / 'runs'}",
+    ]
     sweep("--trials=1", further=["--sleep=0.3"], numbers=range(12))  # writes the file
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(timeout=200) for process in both] == [0, 0]

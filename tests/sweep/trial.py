@@ -1,6 +1,6 @@
 """A program that a sweep runs in the tests: it does not belong to bfpo_pl.
 
-    trial.py FOLDER --number=N [--sleep=S] [--fail=N]
+trial.py FOLDER --number=N [--sleep=S] [--fail=N]
 """
 
 import sys
