@@ -72,6 +72,14 @@ def generate(args: list[str], plugins: list[Plugin]) -> object:
     return call_with("bfpo generate", chat, args)
 
 
+def compare(args: list[str], plugins: list[Plugin]) -> object:
+    """Compares runs or the trials of a sweep: means over seeds, differences, the Pareto front, a report page."""
+    from bfpo_pl.comparison.command import compare
+    from bfpo_pl.function_parser import call_with
+
+    return call_with("bfpo compare", compare, args)
+
+
 def estimate(args: list[str], plugins: list[Plugin]) -> object:
     """Says what memory and time a config takes on devices of a named kind, before anything is loaded."""
     from bfpo_pl.estimation.command import run_estimate
@@ -117,6 +125,7 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "checkpoints": checkpoints,
     "export": export,
     "generate": generate,
+    "compare": compare,
     "estimate": estimate,
     "components": components,
     "demo": demo,
