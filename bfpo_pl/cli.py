@@ -132,6 +132,9 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
 }
 """Every command of `bfpo`, by name."""
 
+WITHOUT_PLUGINS = ("compare",)
+"""Commands that only read records: what plugins import takes longer than they do."""
+
 
 def usage() -> str:
     """The text of `bfpo --help`."""
@@ -169,7 +172,7 @@ def main(args: list[str] | None = None) -> object:
         raise SystemExit(2)
     _quiet()
     try:
-        return COMMANDS[args[0]](args[1:], load_plugins())
+        return COMMANDS[args[0]](args[1:], [] if args[0] in WITHOUT_PLUGINS else load_plugins())
     except SystemExit as error:
         raise SystemExit(exit_code(error)) from error
     except KeyboardInterrupt as error:

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from bfpo_pl.comparison.analysis import Comparison, Question, analyse
+from bfpo_pl.comparison.figures import draw_all
 from bfpo_pl.comparison.reading import read
+from bfpo_pl.comparison.report import report
 from bfpo_pl.comparison.tables import as_csv, as_json, print_table
 from bfpo_pl.component import UserError
 
@@ -62,10 +64,14 @@ def compare(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "comparison.json").write_text(as_json(comparison), encoding="utf-8")
         (folder / "comparison.csv").write_text(as_csv(comparison), encoding="utf-8")
+        page = report(comparison, draw_all(comparison, folder))
+        (folder / "report.html").write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"The comparison cannot be written to '{folder}' ({error.strerror}). Name another --to."
         ) from error
     print_table(comparison)
-    Console(soft_wrap=True).print(Text(f"Written to {folder}"))
+    Console(soft_wrap=True).print(
+        Text(f"Written to {folder}: report.html, its figures, comparison.json, comparison.csv")
+    )
     return comparison

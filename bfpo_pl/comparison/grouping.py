@@ -79,16 +79,19 @@ def rename(groups: Sequence[Group], names: Iterable[str]) -> None:
 
     Args:
         groups: The groups; their labels change.
-        names: ``label=new`` each; the last equals sign divides.
+        names: ``label=new`` each, by the labels as they are before.
 
     Raises:
         UserError: There is no such label, or a new one is taken.
     """
+    before = {group.label: group for group in groups}
     for each in names:
-        label, sign, new = each.rpartition("=")
-        if not sign or not new.strip():
+        matching = [label for label in before if each.startswith(f"{label}=")]
+        label = max(matching, key=len, default=each.rpartition("=")[0])
+        new = each[len(label) + 1 :].strip()
+        if not label or not new:
             raise UserError(f"--names takes LABEL=NEW, not '{each}'.")
-        group_of(groups, label, "--names").label = new.strip()
+        (before.get(label) or group_of(groups, label, "--names")).label = new
     labels = [group.label for group in groups]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:

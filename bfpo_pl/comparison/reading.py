@@ -283,7 +283,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
         prefix: Key of the whole.
     """
     items: Iterable[tuple[Any, Any]] | None = None
-    if isinstance(config, dict) and config:
+    if isinstance(config, dict):  # an empty one says nothing
         items = config.items()
     elif isinstance(config, list) and any(isinstance(each, dict | list) for each in config):
         items = enumerate(config)

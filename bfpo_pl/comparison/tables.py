@@ -39,7 +39,7 @@ def difference_text(difference: Difference | None) -> str:
     """A difference with its interval and p-value, and whether it is not of pairs of runs."""
     if difference is None or math.isnan(difference.mean):
         return "–"
-    text = f"{difference.mean:+.3f}" if abs(difference.mean) < 100 else f"{difference.mean:+.4g}"
+    text = ("+" if difference.mean >= 0 else "−") + _number(abs(difference.mean))
     text += " (n=1)" if difference.half_width is None else f" ± {_number(difference.half_width)}"
     if difference.p_holm is not None:
         text += f", p {'< 0.001' if difference.p_holm < 0.001 else f'{difference.p_holm:.3f}'}"
