@@ -31,6 +31,7 @@ QUADRANTS = {  # chosen, rejected
 _WIDTH = 9.0  # inches; a report is 900 pixels wide
 _GREY = "#8a8a8a"
 _LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
+_LEAST_SPAN = 0.1  # of shares; smaller differences are not worth a whole axis
 _FAINT = "#b5b5b5"
 _FEW = 6  # bands of more lines than this are fainter
 
@@ -117,7 +118,7 @@ def _front(comparison: Comparison, path: Path) -> Drawn:
             yerr=[harmless.half_width or 0.0],
             color=own.colour,
             marker=own.marker,
-            markersize=9 if own.colour != _FAINT else 6,
+            markersize=max(7.0, 11.0 - place) if own.colour != _FAINT else 6.0,  # none hides another on the same spot
             markerfacecolor=face,
             markeredgewidth=1.6,
             elinewidth=1.1,
@@ -179,11 +180,13 @@ def _margins(comparison: Comparison, folder: Path) -> Drawn | None:
     panels = figure.subplots(2, 2, sharex=True).ravel()
     chosen = coloured(comparison)
     for axes, (key, title) in zip(panels, keys.items(), strict=True):
-        axes.axhline(0, color=_GREY, linewidth=0.8)
         drawn = [_over_steps(axes, row, key, style(place)) for place, row in enumerate(chosen)]
         axes.set_title(title, fontsize=10)
-        if not any(drawn):
+        if any(drawn):
+            axes.axhline(0, color=_GREY, linewidth=0.8, zorder=1)
+        else:
             axes.text(0.5, 0.5, "no such pairs", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+            axes.set_yticks([])
     _label_outside(panels, 2, "optimizer step", "reward margin")
     _finish(figure, panels, [_handle(style(i), row.label, None, line=True) for i, row in enumerate(chosen)])
     path = folder / "margins.png"
@@ -274,7 +277,9 @@ def _limits(means: Sequence[Mean]) -> tuple[float, float]:
     high = max(mean.mean + (mean.half_width or 0.0) for mean in means)
     if _are_shares(means):
         low, high = max(low, 0.0), min(high, 1.0)
-    room = max(0.06 * (high - low), 0.02)
+        low = max(0.0, min(low, (low + high - _LEAST_SPAN) / 2))
+        high = min(1.0, max(high, low + _LEAST_SPAN))
+    room = 0.06 * (high - low) or 1.0
     return low - room, high + room
 
 

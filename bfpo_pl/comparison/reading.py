@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ CONFIG, METRICS, SAMPLES, STATUS, ENVIRONMENT = (
 SWEEP, TRIALS, TRIAL = "sweep.yaml", "trials", "trial.json"
 FINISHED = "finished"
 
+_NAMED = 4
 _DEPTH = 4
 """Folders of runs are looked for so far below the one that is named."""
 
@@ -118,7 +119,7 @@ def read(paths: Iterable[str], wanted: Callable[[str], bool] = lambda key: True)
         UserError: A folder is missing, a file is broken, or there is no finished run.
     """
     named = [Path(path).expanduser() for path in paths]
-    reading = Reading(", ".join(path.resolve().name for path in named))
+    reading = Reading(_title(named))
     seen: set[Path] = set()
     for path in named:
         if not path.is_dir():
@@ -140,6 +141,15 @@ def read(paths: Iterable[str], wanted: Callable[[str], bool] = lambda key: True)
         reasons = "; ".join(f"{each.name}: {each.reason}" for each in reading.left_out[:5])
         raise UserError(f"None of the runs has finished, so there is nothing to compare ({reasons or 'no trials'}).")
     return reading
+
+
+def _title(folders: Sequence[Path]) -> str:
+    """Names of experiments and sweeps; runs are named with their experiment."""
+    names = []
+    for folder in (each.resolve() for each in folders[:_NAMED]):
+        names.append(f"{folder.parent.name}/{folder.name}" if (folder / CONFIG).is_file() else folder.name)
+    more = f" and {len(folders) - _NAMED} more" if len(folders) > _NAMED else ""
+    return ", ".join(names) + more
 
 
 def is_sweep(folder: Path) -> bool:

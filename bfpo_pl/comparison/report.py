@@ -20,6 +20,8 @@ from bfpo_pl.redaction import names_secret, redacted_text
 from bfpo_pl.runs import package_version
 
 TEMPLATE = "report.html.j2"
+FEW = 5
+"""So many groups are columns of the table of settings; more are its rows."""
 
 
 def report(comparison: Comparison, figures: Sequence[Drawn]) -> str:
@@ -47,7 +49,8 @@ def report(comparison: Comparison, figures: Sequence[Drawn]) -> str:
         figures=figures,
         samples=_samples(comparison),
         restriction=restriction(comparison),
-        keys=comparison.keys,
+        keys=_keys(comparison),
+        few=FEW,
         key_names=short_names(comparison.keys),
         count=_count,
         mean_text=mean_text,
@@ -64,6 +67,12 @@ def _samples(comparison: Comparison) -> SideBySide:
     return side_by_side(coloured(comparison), split)
 
 
+def _keys(comparison: Comparison) -> list[str]:
+    """What differs, without the experiment's name where that is the label."""
+    named = all(row.label == row.group.config.get("experiment") for row in comparison.rows)
+    return [key for key in comparison.keys if not (named and key == "experiment")]
+
+
 def _notes(comparison: Comparison) -> list[str]:
     """What a reader should know before believing the figures."""
     notes = []
@@ -75,7 +84,8 @@ def _notes(comparison: Comparison) -> list[str]:
         notes.append(f"{_count(changed, 'run')} ran with uncommitted changes of the code.")
     seeds = {frozenset(row.group.replicates) for row in comparison.rows}
     if len(seeds) > 1:
-        notes.append("the groups do not have the same seeds; differences are over the seeds that two groups share.")
+        over = "; differences are over the seeds that two groups share" if comparison.baseline else ""
+        notes.append(f"the groups do not have the same seeds{over}.")
     return notes
 
 
