@@ -52,6 +52,7 @@ def report(comparison: Comparison, figures: Sequence[Drawn]) -> str:
         keys=_keys(comparison),
         few=FEW,
         key_names=short_names(comparison.keys),
+        typed=_typed,
         count=_count,
         mean_text=mean_text,
         front_text=front_text,
@@ -112,6 +113,11 @@ def _difference_parts(difference: Difference | None) -> tuple[str, str]:
 
 def _config_value(row: Row, key: str) -> str:
     return "<redacted>" if names_secret(key) else redacted_text(row.group.shown(key))
+
+
+def _typed(key: str) -> str:
+    """A key as one types it on the command line."""
+    return key.removesuffix(".class_path").replace(".init_args", "")
 
 
 def _image(path: Path) -> str:
