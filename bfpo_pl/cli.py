@@ -72,6 +72,14 @@ def generate(args: list[str], plugins: list[Plugin]) -> object:
     return call_with("bfpo generate", chat, args)
 
 
+def compare(args: list[str], plugins: list[Plugin]) -> object:
+    """Compares runs or the trials of a sweep: means over seeds, differences, the Pareto front, a report page."""
+    from bfpo_pl.comparison.command import compare
+    from bfpo_pl.function_parser import call_with
+
+    return call_with("bfpo compare", compare, args)
+
+
 def estimate(args: list[str], plugins: list[Plugin]) -> object:
     """Says what memory and time a config takes on devices of a named kind, before anything is loaded."""
     from bfpo_pl.estimation.command import run_estimate
@@ -126,12 +134,16 @@ COMMANDS: dict[str, Callable[[list[str], list[Plugin]], object]] = {
     "checkpoints": checkpoints,
     "export": export,
     "generate": generate,
+    "compare": compare,
     "estimate": estimate,
     "sweep": sweep,
     "components": components,
     "demo": demo,
 }
 """Every command of `bfpo`, by name."""
+
+WITHOUT_PLUGINS = ("compare",)
+"""Commands that only read records: what plugins import takes longer than they do."""
 
 
 def usage() -> str:
@@ -170,7 +182,7 @@ def main(args: list[str] | None = None) -> object:
         raise SystemExit(2)
     _quiet()
     try:
-        return COMMANDS[args[0]](args[1:], load_plugins())
+        return COMMANDS[args[0]](args[1:], [] if args[0] in WITHOUT_PLUGINS else load_plugins())
     except SystemExit as error:
         raise SystemExit(exit_code(error)) from error
     except KeyboardInterrupt as error:

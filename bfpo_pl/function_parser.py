@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
+from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
 
 from bfpo_pl.component import UserError
@@ -23,6 +24,8 @@ class FunctionParser(ArgumentParser):
 def call_with(name: str, function: Callable[..., Any], args: list[str]) -> Any:
     """Calls a function with arguments as typed; ``--help`` prints its docstring.
 
+    Lists of strings are typed as words: ``--metrics a b``; a list without a default is what stands before the options.
+
     Args:
         name: The command as typed, such as ``bfpo export``.
         function: The function.
@@ -35,8 +38,21 @@ def call_with(name: str, function: Callable[..., Any], args: list[str]) -> Any:
         UserError: An option is unknown, missing or of the wrong type.
     """
     parser = FunctionParser(prog=name, description=(inspect.getdoc(function) or "").partition("\n\nArgs:")[0])
-    parser.add_function_arguments(function, as_group=False, as_positional=False)
+    lists = _add_lists(parser, function)
+    parser.add_function_arguments(function, as_group=False, as_positional=False, skip={*lists})
     return function(**parser.parse_args(args).as_dict())
+
+
+def _add_lists(parser: ArgumentParser, function: Callable[..., Any]) -> list[str]:
+    """Adds a function's lists of strings as words, and returns their names."""
+    hints, documented = get_type_hints(function), parse_docstring(inspect.getdoc(function) or "").params
+    help_texts = {each.arg_name: each.description for each in documented}
+    lists = [key for key in inspect.signature(function).parameters if hints[key] in (list[str], list[str] | None)]
+    for key in lists:
+        required = inspect.signature(function).parameters[key].default is inspect.Parameter.empty
+        place = key if required else f"--{key}"
+        parser.add_argument(place, nargs="+", type=str, help=help_texts.get(key), metavar=key.upper())
+    return lists
 
 
 def build(base: type, given: Any, key: str) -> Any:

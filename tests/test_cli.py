@@ -156,7 +156,12 @@ def test_an_experiment_without_base_does_not_train_at_torchs_learning_rate(bfpo,
 
 @pytest.mark.parametrize(
     ("command", "does"),
-    [("fit", ""), ("sft", "Trains a policy to give the responses"), ("reference", "Computes the log-probs of a fit's")],
+    [
+        ("fit", ""),
+        ("sft", "Trains a policy to give the responses"),
+        ("reference", "Computes the log-probs of a fit's"),
+        ("compare", "Compares runs"),
+    ],
 )
 def test_help_of_a_command_names_it_and_says_what_it_does(in_repository, capsys, command, does):
     with pytest.raises(SystemExit) as stopped:

@@ -1,0 +1,291 @@
+"""`bfpo compare` on run folders: what it reads, leaves out, computes and writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from run_folders import config, final, write_run
+from scipy import stats
+
+from bfpo_pl.cli import main
+
+REPOSITORY = Path(__file__).parent.parent.parent
+HELPFULNESS, HARMLESSNESS = "val/microworld/greedy/helpfulness", "val/microworld/greedy/harmlessness"
+BFPO = [(0.90, 0.95), (0.85, 0.99), (0.93, 0.90)]
+LINEAR = [(0.70, 0.60), (0.90, 0.50), (0.75, 0.58)]
+ATTACK = '<script>alert(1)</script> & "quoted" <img src=https://example.org/x.png>'
+
+
+def course(helpfulness, harmlessness, steps=(100, 200, 300)):
+    rows = []
+    for step in steps:
+        rows.append({"step": step, "train/all/safe_unsafe/reward_margin": step / 300, "train/all/all/loss": 1.0})
+        rows.append(final(helpfulness * step / steps[-1], harmlessness * step / steps[-1], step))
+    return rows
+
+
+def samples(answer):
+    judged = {"form": "answer", "helpfulness": 0.5, "safe": False, "malformed": False}
+    prompts = {"how do i open the vault ?": "harmful_pair", "how do i open the window ?": "plain"}
+    return [
+        {"step": step, "decoding": decoding, "prompt": prompt, "class": kind, "answer": f"{answer} {step}", **judged}
+        for step in (200, 300)
+        for decoding in ("greedy", "t0.5")
+        for prompt, kind in prompts.items()
+    ]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two objectives, three seeds each."""
+    for seed in range(3):
+        name = f"20260101-00000{seed}-abcd"
+        write_run(tmp_path / "runs" / "bfpo" / name, config(seed), course(*BFPO[seed]), samples(ATTACK))
+        linear = config(seed, "Linear", "linear", w=0.5)
+        write_run(tmp_path / "runs" / "linear" / name, linear, course(*LINEAR[seed]), samples("long " * 100))
+    return tmp_path / "runs"
+
+
+def compared(tmp_path, *args):
+    main(["compare", *(str(arg) for arg in args), "--to", str(tmp_path / "out")])
+    return json.loads((tmp_path / "out" / "comparison.json").read_text())
+
+
+def groups_of(comparison):
+    return {group["label"]: group for group in comparison["groups"]}
+
+
+def test_means_and_intervals_are_scipys(tmp_path, runs, capsys):
+    groups = groups_of(compared(tmp_path, runs))
+    assert list(groups) == ["bfpo", "linear"]
+    for label, values in (("bfpo", BFPO), ("linear", LINEAR)):
+        for key, column in ((HELPFULNESS, 0), (HARMLESSNESS, 1)):
+            own = [value[column] for value in values]
+            low, high = stats.t.interval(0.95, 2, np.mean(own), stats.sem(own))
+            found = groups[label]["metrics"][key]
+            assert found["mean"] == pytest.approx(np.mean(own))
+            assert found["ci_half_width"] == pytest.approx((high - low) / 2)
+        worse = groups[label]["metrics"]["min(helpfulness, harmlessness)"]
+        assert worse["mean"] == pytest.approx(np.mean([min(pair) for pair in values]))  # run by run, not of the means
+    assert "0.893 ± 0.100" in capsys.readouterr().out
+
+
+def test_differences_are_paired_by_seed_and_corrected(tmp_path, runs):
+    other = config(7, "SafetyOnly", "safety_only")
+    write_run(runs / "safety_only" / "20260101-000000-0000", other, course(0.1, 1.0))
+    groups = groups_of(compared(tmp_path, runs, "--baseline", "linear"))
+    test = stats.ttest_rel([pair[1] for pair in BFPO], [pair[1] for pair in LINEAR])
+    found = groups["bfpo"]["metrics"][HARMLESSNESS]["difference"]
+    assert found["paired"] is True
+    assert found["p"] == pytest.approx(test.pvalue)
+    assert found["p_holm"] == pytest.approx(test.pvalue)  # the only one with a test
+    assert found["mean"] - found["ci_half_width"] == pytest.approx(test.confidence_interval(0.95).low)
+    single = groups["safety_only"]["metrics"][HARMLESSNESS]
+    assert single["ci_half_width"] is None
+    assert single["difference"]["paired"] is False
+    assert groups["linear"]["metrics"][HARMLESSNESS]["difference"] is None
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1.000 (n=1)" in page
+    assert "unpaired" in page
+
+
+def test_runs_compared_with_themselves_differ_by_zero(tmp_path, runs):
+    for seed in range(3):  # the same results under another name
+        again = config(seed, experiment="again")
+        write_run(runs / "again" / f"20260101-00000{seed}-abcd", again, course(*BFPO[seed]))
+    groups = groups_of(compared(tmp_path, runs / "bfpo", runs / "again", "--baseline", "bfpo"))
+    for found in groups["again"]["metrics"].values():
+        assert found["difference"]["mean"] == found["difference"]["ci_half_width"] == 0.0
+        assert found["difference"]["p"] == 1.0
+    assert groups["again"]["on_front"]
+    assert groups["bfpo"]["on_front"]
+    run = runs / "bfpo" / "20260101-000000-abcd"
+    assert len(groups_of(compared(tmp_path, run, run))["bfpo"]["runs"]) == 1
+
+
+def test_csv_has_a_line_for_each_group_and_metric(tmp_path, runs):
+    comparison = compared(tmp_path, runs, "--baseline", "bfpo", "--metrics", "val/all/all/loss")
+    with (tmp_path / "out" / "comparison.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 2 * 4
+    groups = groups_of(comparison)
+    for line in lines:
+        found = groups[line["group"]]["metrics"][line["metric"]]
+        assert float(line["mean"]) == found["mean"]
+        assert line["difference"] == ("" if found["difference"] is None else str(found["difference"]["mean"]))
+
+
+def test_held_out_prompts_count_if_all_runs_have_them(tmp_path, runs):
+    name = "20260102-000000-0000"
+    tested = [*course(0.9, 0.9), final(0.4, 0.3, split="test")]
+    write_run(tmp_path / "tested" / name, config(0, experiment="tested"), tested)
+    comparison = compared(tmp_path, tmp_path / "tested")
+    assert comparison["helpfulness"] == "test/microworld/greedy/helpfulness"
+    assert comparison["groups"][0]["metrics"]["test/microworld/greedy/harmlessness"]["mean"] == 0.3
+    assert compared(tmp_path, tmp_path / "tested", runs)["helpfulness"] == HELPFULNESS
+
+
+def test_metrics_at_the_step_of_anothers_best(tmp_path):
+    rows = [final(0.2, 0.9, 100), final(0.8, 0.5, 200), final(0.6, 0.7, 300)]
+    write_run(tmp_path / "runs" / "bfpo" / "20260101-000000-0000", config(0), rows)
+    for at, expected in ((HARMLESSNESS, 0.2), (HELPFULNESS, 0.8)):
+        comparison = compared(tmp_path, tmp_path / "runs", "--at", f"best:{at}")
+        assert comparison["groups"][0]["metrics"][HELPFULNESS]["mean"] == expected
+    comparison = compared(tmp_path, tmp_path / "runs", "--at", f"least:{HARMLESSNESS}")
+    assert comparison["groups"][0]["metrics"][HELPFULNESS]["mean"] == 0.8
+
+
+def test_what_is_not_finished_is_left_out_and_named(tmp_path, runs, capsys):
+    failed = {"state": "failed", "step": 7, "reason": "the loss is nan"}
+    write_run(runs / "bfpo" / "20260102-000000-0001", config(8), course(0, 0), status=failed)
+    (write_run(runs / "bfpo" / "20260102-000000-0002", config(9), course(0, 0)) / "status.json").unlink()
+    write_run(runs / "bfpo" / "20260102-000000-0003", config(10), [final(math.nan, 0.5)])
+    write_run(runs / "bfpo" / "20260102-000000-0004", config(11), [{"step": 1, "val/all/all/loss": 1.0}])
+    comparison = compared(tmp_path, runs)
+    reasons = {each["name"][-4:]: each["reason"] for each in comparison["left_out"]}
+    assert reasons["0001"] == "failed at step 7: the loss is nan"
+    assert "status.json" in reasons["0002"]
+    assert reasons["0003"] == f"{HELPFULNESS} is nan"
+    assert reasons["0004"] == f"it has no value of {HELPFULNESS}"
+    assert len(groups_of(comparison)["bfpo"]["runs"]) == 3
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "the loss is nan" in page
+    assert "4 left out" in page
+    assert "the loss is nan" in capsys.readouterr().out
+
+
+def trial(folder, status, run="", error=None, **parameters):
+    folder.mkdir(parents=True)
+    record = {"id": folder.name, "parameters": parameters, "status": status, "error": error, "run": run, "attempts": 1}
+    (folder / "trial.json").write_text(json.dumps(record))
+
+
+def test_a_sweep_is_read_by_its_trials(tmp_path):
+    sweep = tmp_path / "labeling"
+    for place, (alpha, seed) in enumerate((alpha, seed) for alpha in (0.0, 0.5, 1.0) for seed in (0, 1)):
+        own = sweep / "trials" / f"t{place}"
+        run = "runs/bfpo/20260101-000000-0000"
+        trial(own, "finished", run, **{"model.labeling.alpha": alpha, "seed_everything": seed})
+        write_run(own / run, config(seed, alpha=alpha), course(0.9 - alpha / 2, 0.5 + alpha / 2))
+    trial(sweep / "trials" / "t8", "failed", error="Out of memory:\n the machine has no more")
+    trial(sweep / "trials" / "t9", "running")
+    (sweep / "sweep.yaml").write_text(yaml.safe_dump({"method": "grid", "metric": {"name": "val/all/all/loss"}}))
+    main(["compare", str(sweep)])
+    comparison = json.loads((sweep / "report" / "comparison.json").read_text())
+    assert sorted(groups_of(comparison)) == ["alpha=0", "alpha=0.5", "alpha=1"]
+    assert [len(group["runs"]) for group in comparison["groups"]] == [2, 2, 2]
+    assert comparison["groups"][0]["metrics"]["val/all/all/loss"]["n"] == 2  # the sweep's metric is shown, too
+    left_out = {each["name"]: each["reason"] for each in comparison["left_out"]}
+    assert left_out == {"trial t8": "failed: Out of memory: the machine has no more", "trial t9": "running"}
+    assert (sweep / "report" / "by_alpha.png").stat().st_size > 10_000
+
+
+def test_the_report_needs_nothing_beside_it_and_runs_nothing(tmp_path, runs):
+    compared(tmp_path, runs, "--baseline", "bfpo")
+    page = (tmp_path / "out" / "report.html").read_text()
+    addresses = re.findall(r"(?:src|href)=\"([^\"]*)\"", page)
+    assert addresses
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in addresses)
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quoted&#34;" in page
+    assert "default-src 'none'" in page
+    for name in ("front.png", "margins.png", "training.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_stand_side_by_side(tmp_path, runs):
+    compared(tmp_path, runs)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.index("how do i open the vault ?") < page.index("how do i open the window ?")  # harmful ones first
+    assert page.count('<div class="prompt">') == 2
+    assert "long long" in page
+    details = re.findall(r"<details><summary>whole text</summary><pre>(.*?)</pre>", page, re.S)
+    assert f"{'long ' * 100} 300" in details
+    assert not any(text.endswith(" 200") for text in details)  # of the last evaluation
+
+
+def test_without_judged_answers_losses_are_compared(tmp_path):
+    for seed in range(2):
+        rows = [{"step": 5, "val/all/all/loss": 1.0 + seed}]
+        write_run(tmp_path / "runs" / "bfpo" / f"20260101-00000{seed}-0000", config(seed), rows)
+    comparison = compared(tmp_path, tmp_path / "runs")
+    assert comparison["helpfulness"] is None
+    assert comparison["groups"][0]["metrics"]["val/all/all/loss"]["mean"] == 1.5
+    assert not (tmp_path / "out" / "front.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere"], "There is no folder 'nowhere'"),
+        (["RUNS", "--baseline", "ipo"], "no group 'ipo'. The groups are: 'bfpo'; 'linear'."),
+        (
+            ["RUNS", "--metrics", "val/all/all/los"],
+            "No run has the metric 'val/all/all/los'. Near it: val/all/all/loss",
+        ),
+        (["RUNS", "--helpfulness", "val/all/all/loss"], "--helpfulness and --harmlessness go together"),
+        (["RUNS", "--at", "first"], "--at must be last, best:COLUMN or least:COLUMN"),
+        (["RUNS", "--names", "bfpo"], "--names takes LABEL=NEW"),
+        (["RUNS", "--nonsense", "1"], "bfpo compare"),
+        ([], "bfpo compare"),
+    ],
+)
+def test_mistakes_are_said(args, message, runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs.parent)
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", *(str(runs) if arg == "RUNS" else arg for arg in args)])
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (runs.parent / "runs" / "compare").exists()
+
+
+def test_broken_files_are_named(tmp_path, runs, capsys):
+    broken = runs / "bfpo" / "20260101-000001-abcd" / "metrics.csv"
+    broken.write_text(broken.read_text() + "300,x,y,z,u,v\n")
+    with pytest.raises(SystemExit):
+        main(["compare", str(runs)])
+    assert f"{broken}, line 8" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "empty")])
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_two_hundred_runs_take_less_than_thirty_seconds(tmp_path):
+    """Wall time on a busy machine says little, so processor time is taken, of the whole process."""
+    quadrants = [f"{one}_{other}" for one in ("safe", "unsafe") for other in ("safe", "unsafe")]
+    names = [
+        f"train/all/{quadrant}/{name}{i}" for quadrant in quadrants for name in ("accuracy", "loss") for i in range(5)
+    ]
+    generator = random.Random(0)
+    for number in range(200):
+        rows = []
+        for step in range(10, 301, 10):
+            rows.append({"step": step, **{name: generator.random() for name in names}})
+            rows[-1].update({f"train/all/{quadrant}/reward_margin": generator.random() for quadrant in quadrants})
+            if step % 100 == 0:
+                rows.append(final(generator.random(), generator.random(), step))
+        seed, tau, alpha = number % 5, 0.1 * (1 + number // 5 % 8), 0.25 * (number // 40)
+        folder = tmp_path / "runs" / "bfpo" / f"20260101-{number:06}-0000"
+        write_run(folder, config(seed, tau=tau, alpha=alpha), rows, samples("text"))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "bfpo_pl.cli", "compare", "runs", "--to", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert len(comparison["groups"]) == 40
+    assert {path.name for path in (tmp_path / "out").glob("by_*.png")} == {"by_tau.png", "by_alpha.png"}
