@@ -88,12 +88,11 @@ def estimate(args: list[str], plugins: list[Plugin]) -> object:
 
 
 def sweep(args: list[str], plugins: list[Plugin]) -> object:
-    """Runs the trials of a W&B sweep file without a server; goes on with those that are left."""
+    """Runs the trials of W&B sweep files without a server; goes on with those that are left."""
     from bfpo_pl.function_parser import call_with
-    from bfpo_pl.sweep.command import run_sweep
+    from bfpo_pl.sweep.command import run_sweeps
 
-    spec = [f"--spec={args[0]}"] if args and not args[0].startswith("-") else []
-    return call_with("bfpo sweep", run_sweep, [*spec, *args[len(spec) :]])
+    return call_with("bfpo sweep", run_sweeps, args)
 
 
 def components(args: list[str], plugins: list[Plugin]) -> None:

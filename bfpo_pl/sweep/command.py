@@ -10,7 +10,7 @@ from rich.console import Console
 from bfpo_pl.component import RunError, UserError
 from bfpo_pl.sweep.drawing import plan_of
 from bfpo_pl.sweep.runner import Runner
-from bfpo_pl.sweep.spec import read_spec
+from bfpo_pl.sweep.spec import SweepSpec, read_spec
 from bfpo_pl.sweep.store import FAILED, SweepFolder, Trial
 from bfpo_pl.sweep.table import Progress
 
@@ -19,8 +19,8 @@ class SweepStopped(RunError):
     """A sweep that was asked to stop; the same command goes on with it."""
 
 
-def run_sweep(
-    spec: Path,
+def run_sweeps(
+    specs: list[str],
     workers: int = 1,
     name: str | None = None,
     runs: str = "runs",
@@ -28,15 +28,16 @@ def run_sweep(
     max_failures: int = 10,
     retry_failed: bool = False,
 ) -> list[Trial]:
-    """Runs the trials of a W&B sweep file on this machine.
+    """Runs the trials of W&B sweep files on this machine, one file after the other.
 
     Trials that have finished are never run again, and one that was interrupted goes on from its last checkpoint: the
     same command continues a sweep that was stopped or killed. Machines that see the same folder share the trials.
 
     Args:
-        spec: The sweep file, such as configs/sweep/labeling.yaml.
+        specs: Sweep files, such as configs/sweep/sft.yaml configs/sweep/labeling.yaml. A later one begins when all
+            trials of the one before have finished.
         workers: Trials at a time; each gets its share of the cores and of the GPUs.
-        name: Name of the sweep: its folder is RUNS/sweeps/NAME. Default: the file's.
+        name: Name of the sweep, if there is one file: its folder is RUNS/sweeps/NAME. Default: what the file says.
         runs: Folder of all runs.
         trials: Most trials. Default: the file's run_cap, or the whole grid.
         max_failures: Failed trials after which the sweep gives up.
@@ -51,7 +52,22 @@ def run_sweep(
     """
     if workers < 1:
         raise UserError(f"--workers must be at least 1, not {workers}.")
-    said = read_spec(spec)
+    if name is not None and len(specs) > 1:
+        raise UserError("--name is for one sweep file; name several in the files.")
+    read = [read_spec(spec) for spec in specs]  # a mistake in the last is said before the first runs
+    return [trial for spec in read for trial in _run(spec, workers, name, runs, trials, max_failures, retry_failed)]
+
+
+def _run(
+    said: SweepSpec,
+    workers: int,
+    name: str | None,
+    runs: str,
+    trials: int | None,
+    max_failures: int,
+    retry_failed: bool,
+) -> list[Trial]:
+    """Runs one sweep."""
     folder = SweepFolder(Path(runs) / "sweeps" / (name or said.name))
     folder.open(said)
     plan = plan_of(said, folder, trials)

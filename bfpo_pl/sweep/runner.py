@@ -113,8 +113,8 @@ class Runner:
             if left and not self.folder.is_taken(trial) and self.folder.take(trial):
                 self._again.discard(trial.id)
                 return trial
-        trial = self.plan.next_trial(known)
-        return trial if trial is not None and self.folder.take(trial) else None
+        drawn = self.plan.next_trial(known)
+        return drawn if drawn is not None and self.folder.take(drawn) else None
 
     def _is_work_left(self) -> bool:
         """Whether some trial runs elsewhere, or in a process that outlived its sweep: it may yet become free."""
