@@ -1,6 +1,5 @@
 """What sweep files may say, and the command lines that they make."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -149,7 +148,7 @@ def parses(arguments, monkeypatch):
 def test_the_command_lines_of_the_sweeps_that_come_with_the_package(path, in_repository, monkeypatch):
     read = read_spec(path)
     combinations = list(grid(read))
-    ends = [combinations[0], combinations[-1], random.Random(0).choice(combinations)]
+    ends = combinations[:1] + combinations[1:][-1:]
     for values in ends:
         config = parses(bfpo_arguments(expanded(read, values)), monkeypatch)
         if "seed_everything" in values:
