@@ -73,7 +73,7 @@ def test_a_run_without_an_export_speaks_from_its_last_checkpoint(run, say, tmp_p
     assert said == f"{greedy(exported, PROMPT)}\n"
 
 
-def test_an_adapters_folder_and_its_merged_run_say_the_same(run, say, tmp_path):
+def test_an_adapters_folder_and_its_merged_run_say_the_same(run, say, refusal, tmp_path):
     more = ["--model.policy=HFModel", f"--model.policy.path={run / 'export'}", *LORA]
     tuned = main(["fit", *BASE, *SMALL, *more, f"--runs={tmp_path}"]).run_folder
     adapter = main(["export", "--run", str(tuned), "--to", str(tmp_path / "adapter"), "--merge", "false"])
@@ -83,6 +83,11 @@ def test_an_adapters_folder_and_its_merged_run_say_the_same(run, say, tmp_path):
         say("--model", tuned, "--prompt", PROMPT, "--checkpoint", "last"),
     }
     assert len(answers) == 1
+    shutil.move(adapter, tuned / "adapter")
+    shutil.rmtree(tuned / "export")
+    (tuned / "adapter").rename(tuned / "export")  # as with export.merge: false
+    assert say("--model", tuned, "--prompt", PROMPT) in answers
+    assert "none.ckpt" in refusal("--model", tuned, "--prompt", PROMPT, "--checkpoint", "none.ckpt")
 
 
 def test_drawing_is_repeated_by_its_seed_and_leaves_the_random_state(run, say):
