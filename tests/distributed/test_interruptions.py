@@ -162,6 +162,17 @@ def test_a_busy_port_is_named(tmp_path, command):
     assert "Traceback" not in log
 
 
+def test_a_busy_port_does_not_keep_the_processes_that_bfpo_started(tmp_path, command):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(busy.getsockname()[1])}
+        code, log, _ = ended(started_by("bfpo", command("sgd", "ddp", tmp_path / "runs")), tmp_path, **where)
+    assert code == 1
+    assert "(the other processes have 2 s to end, too)" in log
+    assert "Processes cannot meet at 127.0.0.1:" in log
+
+
 def test_two_machines_of_torchrun_train_as_two_processes_of_one(tmp_path, started, command, only_run):
     """Two agents over the loopback device, each with one process, by the script that docs/scale.md shows."""
     where = {"NODES": "2", "DEVICES": "1", "MEET": f"127.0.0.1:{free_port()}"}
