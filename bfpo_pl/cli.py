@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import warnings
 from collections.abc import Callable
 
+from bfpo_pl.component import causes_of
 from bfpo_pl.failures import exit_code, explained
 from bfpo_pl.plugins import Plugin, load_plugins
 from bfpo_pl.redaction import redacted_text
@@ -170,7 +172,8 @@ def main(args: list[str] | None = None) -> object:
 
     Raises:
         SystemExit: With code 2 after a user's mistake, 1 after a failure of the run, 128 + the signal's number after
-            an orderly stop (143 for SIGTERM, 130 for Ctrl-C); said in one message on stderr.
+            an orderly stop (143 for SIGTERM, 130 for Ctrl-C); said in one message on stderr. Silently with 141 where
+            nobody reads stdout any more.
     """
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
@@ -181,19 +184,38 @@ def main(args: list[str] | None = None) -> object:
         raise SystemExit(2)
     _quiet()
     try:
-        return COMMANDS[args[0]](args[1:], [] if args[0] in WITHOUT_PLUGINS else load_plugins())
+        result = COMMANDS[args[0]](args[1:], [] if args[0] in WITHOUT_PLUGINS else load_plugins())
+        sys.stdout.flush()  # what reads it may be gone: better now than at exit
+        return result
     except SystemExit as error:
         raise SystemExit(exit_code(error)) from error
     except KeyboardInterrupt as error:
         sys.stderr.write("bfpo: interrupted before training began.\n")
         raise SystemExit(128 + signal.SIGINT) from error
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(128 + signal.SIGPIPE) from error
+        from bfpo_pl.guard import Stopped
+
         message, code = explained(error)
         if not message or TRACEBACK_VARIABLE in os.environ:
             raise
-        kind = "" if code > 128 else "error: "  # a stop that was asked for is none
+        stopped = any(isinstance(cause, Stopped) for cause in causes_of(error))
+        kind = "" if stopped or code > 128 else "error: "  # one that was asked for is none
         sys.stderr.write(f"bfpo: {kind}{redacted_text(message)}\n")
         raise SystemExit(code) from error
+
+
+def _reader_left() -> bool:
+    """Whether the program that stdout is piped to has ended (`bfpo generate ... | head`)."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _quiet() -> None:

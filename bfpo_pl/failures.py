@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import traceback
 
@@ -19,6 +20,16 @@ OUT_OF_MEMORY = (
     "smaller model.chunk_size; a shorter data.truncation.max_length; a reference without a network of its own "
     "(`-c configs/reference/precomputed.yaml`); `-c configs/model/lora.yaml`; on several GPUs "
     "`-c configs/strategy/fsdp2.yaml`."
+)
+
+
+ANOTHER_ENDED = (
+    "Another process of this run ended, so this one cannot go on ({what}). The other one's message says why; one that "
+    "was killed (SIGKILL) leaves none: if it was not you, the machine may be out of memory (`dmesg` says so), or a "
+    "machine of this run is gone. The same command with --resume auto goes on from the last checkpoint."
+)
+_GONE = re.compile(
+    "connection reset by peer|connection closed by peer|read error|broken pipe|remote process exited", re.IGNORECASE
 )
 
 
@@ -44,7 +55,7 @@ def explained(error: BaseException) -> tuple[str, int]:
             return str(cause), 0  # else Lightning's launcher would kill the process that started this one
         if isinstance(cause, RunError):
             return str(cause), cause.exit_code
-        if message := _of_the_machine(cause):
+        if message := _of_the_machine(cause) or _of_another_process(cause):
             return message, 1
     if isinstance(error, MisconfigurationException | OSError):
         return str(error), MISTAKE
@@ -89,3 +100,13 @@ def _of_the_machine(error: BaseException) -> str:
             f"for torchrun another --rdzv_endpoint (--standalone chooses one by itself)."
         )
     return ""
+
+
+def _of_another_process(error: BaseException) -> str:
+    """That the process group broke, if that is what an error is about."""
+    from torch.distributed import DistError
+
+    text = " ".join(str(error).split())
+    ours = isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower())
+    found = _GONE.search(text) if ours else None
+    return ANOTHER_ENDED.format(what=found[0]) if found else ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from bfpo_pl.component import RunError
@@ -105,7 +106,8 @@ class UpdateGuard:
         self.agreed = next((n for n, flag in zip(self.signals, stop_flags, strict=True) if flag), 0)
         if not loss_flag and not norm_flag:
             return
-        what = _what_is_wrong(loss_flag > 0, bool(bad_loss), origins, named)
+        here = bool(bad_loss)
+        what = _what_is_wrong(loss_flag > 0, here, origins, named)
         message = f"{what} at optimizer step {step}; the update was not applied."
         self.skipped += 1
         if self.skipped > self.max_skipped:
@@ -116,7 +118,11 @@ class UpdateGuard:
             )
         for _, parameter in named:
             parameter.grad = None
-        rank_zero_warn(f"{message} {self.skipped} of at most {self.max_skipped} such steps are skipped.")
+        skipped = f"{message} {self.skipped} of at most {self.max_skipped} such steps are skipped."
+        rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+        if rank and here:  # nobody else knows the rows
+            warnings.warn(f"Process {rank}: {skipped}", stacklevel=2)
+        rank_zero_warn(skipped)
 
 
 def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
@@ -142,7 +148,7 @@ def _what_is_wrong(
     in_a_loss: bool, here: bool, origins: Sequence[str], named: Sequence[tuple[str, nn.Parameter]]
 ) -> str:
     if in_a_loss:
-        rows = ", ".join(origins) if here else "none on this process; another one has them"
+        rows = ", ".join(origins) if here else "none on this process; another one has them and names them"
         return f"The loss was NaN or infinite (rows of this step: {rows})"
     bad = [name for name, p in named if p.grad is not None and not _local(p.grad).isfinite().all()]
     where = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "") if bad else "another process"

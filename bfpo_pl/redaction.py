@@ -11,16 +11,24 @@ from contextlib import contextmanager
 from typing import Any
 
 REDACTED = "<redacted>"
-_NAME = re.compile(r"(^|[_.\-])(token|api_?key|access_?key|secret(_?key)?|password|passwd)$", re.IGNORECASE)
+_NAME = re.compile(r"((^|[_.\-])(token|api_?key|access_?key|secret(_?key)?|passwd)|password)$", re.IGNORECASE)
+_VARIABLE = re.compile(r"_KEY$", re.IGNORECASE)
+"""Names of environment variables that hold secrets besides; a setting of such a name may be a column's."""
 _TOKEN = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"\b(hf_[A-Za-z0-9]{16,}|hf_oauth_[A-Za-z0-9._\-]{16,}"  # Hugging Face
     r"|sk-[A-Za-z0-9_\-]{20,}"  # OpenAI, Anthropic
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_\-]{16,}"  # GitHub, GitLab
     r"|wandb_v1_[A-Za-z0-9_]{20,}|AKIA[0-9A-Z]{16})"  # W&B's newer keys, AWS
 )
-_URL = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.\-]*://)[^/\s@'\"]+@", re.IGNORECASE)
+_URL = re.compile(r"(?P<name>\b[a-z][a-z0-9+.\-]*://)[^/\s'\"]+(?=@)", re.IGNORECASE)
+_QUERY = re.compile(
+    r"(?P<name>[?&][\w.\-]*(?:token|api_?key|access_?key|secret|password|signature|sig)=)[^&#\s'\"]+", re.IGNORECASE
+)
+_BEARER = re.compile(r"(?P<name>\bbearer\s+)[A-Za-z0-9._~+/=\-]{16,}", re.IGNORECASE)
 _INLINE = re.compile(  # in JSON or YAML on the command line
-    r"(?P<name>[\w.\-]*(?:token|api_?key|secret|password)[\"']?\s*:\s*)[\"']?[^\s\"',}]+", re.IGNORECASE
+    r"(?P<name>[\w.\-]*(?:token|api_?key|secret|password)[\"']?\s*:\s*)"
+    r"(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*'|[\"']?[^\"',}\n]+)",
+    re.IGNORECASE,
 )
 _SHORTEST = 8
 """Shorter values of secret environment variables are not looked for: they would hit words."""
@@ -42,9 +50,12 @@ def redacted_text(text: str) -> str:
         text: Any text.
     """
     for name, value in os.environ.items():
-        if names_secret(name) and len(value) >= _SHORTEST:
+        if (names_secret(name) or _VARIABLE.search(name)) and len(value) >= _SHORTEST:
             text = text.replace(value, REDACTED)
-    return _URL.sub(rf"\g<scheme>{REDACTED}@", _TOKEN.sub(REDACTED, text))
+    text = _TOKEN.sub(REDACTED, text)
+    for pattern in (_URL, _QUERY, _BEARER):
+        text = pattern.sub(rf"\g<name>{REDACTED}", text)
+    return text
 
 
 def redacted(config: Any) -> Any:

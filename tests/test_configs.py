@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 from pathlib import Path
@@ -189,35 +190,23 @@ def sweep_command_lines(path):
         yield command
 
 
-@pytest.fixture(scope="module")
-def sft_export(tmp_path_factory):
-    """A tiny SFT model, by the command that the sweep file's header names."""
-    folder = tmp_path_factory.mktemp("sft")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(CONFIGS.parent)
-        main(
-            [
-                *("sft", "-c", "configs/sft.yaml", "--trainer.max_steps=2", "--data.streams.sft.source.count=64"),
-                *(f"--export.folder={folder / 'export'}", f"--runs={folder / 'runs'}", "--model.policy.hidden_size=32"),
-            ]
-        )
-    return folder / "export"
-
-
-@pytest.mark.parametrize("path", files("sweep"))
-def test_a_sweep_expands_to_commands_that_run(path, sft_export, small, tmp_path, in_repository):
-    commands = list(sweep_command_lines(path))
-    assert len(commands) == 25
-    assert len({" ".join(command) for command in commands}) == 25
+def test_the_labeling_sweep_runs_from_the_models_of_the_sft_sweep(tmp_path, small, in_repository):
+    export = f"--export.folder={tmp_path}/sft/{{seed}}"
+    tiny = ["--trainer.max_steps=2", "--data.streams.sft.source.count=64", "--model.policy.hidden_size=32"]
+    first = next(sweep_command_lines("configs/sweep/sft.yaml"))
+    main([*first[1:], *tiny, export, f"--runs={tmp_path}"])
+    commands = list(sweep_command_lines("configs/sweep/labeling.yaml"))
+    assert len({" ".join(command) for command in commands}) == 5 * 6
     assert all(command[:2] == ["bfpo", "fit"] for command in commands)
     overrides = [item for item in small if "model.policy" not in item]
-    quick = ["--trainer.callbacks.max_prompts=8", "--trainer.logger.offline=true", f"--runs={tmp_path}"]
-    for command in (commands[0], commands[6]):
-        arguments = [part.replace("runs/models/sft", str(sft_export)) for part in command[1:]]
-        run = main([*arguments, *overrides, *quick])
-        assert run.trainer.global_step == 2
-        [seed] = [part.partition("=")[2] for part in command if part.startswith("--seed_everything=")]
+    judge = ["--trainer.callbacks=bfpo_pl.callbacks.microworld.MicroworldTest", "--trainer.callbacks.max_prompts=8"]
+    more = [*overrides, *judge, f"--model.policy.path={tmp_path}/sft/{{seed}}", f"--runs={tmp_path}"]
+    for command in (commands[0], commands[2]):  # both of seed 0
+        run = main([*command[1:], *more])
         [experiment] = [part.partition("=")[2] for part in command if part.startswith("--config=")]
-        assert run.config.fit.seed_everything == int(seed)
         assert run.run_folder.parent.name == Path(experiment).stem
         assert run.model.policy.config.hidden_size == 32
+        assert run.record["model"]["policy"]["init_args"]["path"] == f"{tmp_path}/sft/0"
+        with (run.run_folder / "metrics.csv").open(newline="") as file:
+            [judged] = [row for row in csv.DictReader(file) if row["test/microworld/greedy/both"]]
+        assert judged["step"] == "2"

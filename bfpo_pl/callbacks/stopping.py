@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import distributed
 
 from bfpo_pl.checkpoints.keep import RunCheckpoints
+from bfpo_pl.redaction import redacted_text
 from bfpo_pl.training import ResponseModule
 
 
@@ -103,17 +106,46 @@ def requeue() -> None:
 def end_children(trainer: Trainer | None, patience: float = 30.0) -> None:
     """After a failure of process 0: lets the processes that it started end, and ends those that do not.
 
-    Under NCCL they would wait for it until a time limit of half an hour.
+    Under NCCL they would wait for it until a time limit of half an hour. Says which of them a signal killed.
 
     Args:
         trainer: The trainer whose launcher started them, if any.
-        patience: Seconds that they have to end by themselves.
+        patience: Seconds that they have, all together, to end by themselves; two of them are enough where processes
+            never met.
     """
     launcher = getattr(getattr(trainer, "strategy", None), "launcher", None)
-    processes: list[subprocess.Popen] = getattr(launcher, "procs", None) or []
-    for process in processes:
-        try:
-            process.wait(timeout=patience)
-        except subprocess.TimeoutExpired:
-            sys.stderr.write(f"Process {process.pid} still waits for this one; it is ended.\n")
-            process.kill()
+    started: list[subprocess.Popen] = getattr(launcher, "procs", None) or []
+    processes = dict(enumerate(started, start=1))
+    started.clear()  # Lightning's observer watches this list, and would kill this process before it says why it ends
+    error = sys.exc_info()[1]
+    if not (distributed.is_available() and distributed.is_initialized()):
+        patience = min(patience, 2.0)
+    if _running(processes, 1.0) and patience > 1.0:
+        text = redacted_text(str(error)).partition("\n")[0]
+        sys.stderr.write(f"{type(error).__name__}: {text} (the other processes have {patience:.0f} s to end, too)\n")
+    waiting = _running(processes, patience - 1.0)
+    if isinstance(error, Exception):  # after Ctrl-C it is Lightning that kills them
+        for rank, process in processes.items():
+            if process.returncode is not None and process.returncode < 0:
+                sys.stderr.write(_killed(rank, process))
+    for rank, process in waiting.items():
+        sys.stderr.write(f"Process {rank} (pid {process.pid}) still waits for this one; it is ended.\n")
+        process.kill()
+        process.wait()
+
+
+def _running(processes: dict[int, subprocess.Popen], seconds: float) -> dict[int, subprocess.Popen]:
+    """The processes that still run after some seconds; returns earlier if none does."""
+    deadline = time.monotonic() + seconds
+    while running := {rank: process for rank, process in processes.items() if process.poll() is None}:
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.05)
+    return running
+
+
+def _killed(rank: int, process: subprocess.Popen) -> str:
+    number = -process.returncode
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    memory = "; if it was not you, the machine may be out of memory (`dmesg` says so)" if name == "SIGKILL" else ""
+    return f"Process {rank} (pid {process.pid}) was killed by {name}{memory}.\n"

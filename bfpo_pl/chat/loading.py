@@ -56,9 +56,8 @@ def load_chat_model(name: str, checkpoint: str | None, dtype: Dtype, device: str
         run = Run(folder)
         system = run.template().system
         exported = folder / "export"
-        if (checkpoint is None and (exported / "config.json").is_file()) or (
-            exported / "adapter_config.json"
-        ).is_file():
+        written = any((exported / file).is_file() for file in ("config.json", "adapter_config.json"))
+        if checkpoint is None and written:
             model, tokenizer = _from_folder(str(exported), dtype, trust_remote_code)
         else:
             model, tokenizer = _from_checkpoint(run, checkpoint_of(folder, checkpoint or "last"))

@@ -85,7 +85,7 @@ def _check_file(path: Path, verify: bool) -> None:
         raise DamageError("its manifest is another checkpoint's")
     own = archive_size(path)
     if own != record.size:
-        raise DamageError(f"its size is {shown(own)} and should be {shown(record.size)}")
+        raise DamageError(f"its size is {_differ(own, record.size)}")
     if verify and archive_record(path) != record:
         raise DamageError("its contents are not what was written: the hash differs")
 
@@ -111,9 +111,16 @@ def _check_files(path: Path, manifest: Manifest, verify: bool) -> None:
     for name, record in manifest.files.items():
         size = (path / name).stat().st_size
         if size != record.size:
-            raise DamageError(f"the size of its file {name} is {shown(size)} and should be {shown(record.size)}")
+            raise DamageError(f"the size of its file {name} is {_differ(size, record.size)}")
         if verify and file_record(path / name) != FileRecord(record.size, record.xxh3_128):
             raise DamageError(f"the contents of its file {name} are not what was written: the hash differs")
+
+
+def _differ(size: int, expected: int) -> str:
+    """Two sizes that differ, in bytes where they would look the same."""
+    if shown(size) == shown(expected):
+        return f"{size:,} bytes and should be {expected:,}"
+    return f"{shown(size)} and should be {shown(expected)}"
 
 
 def _check_shards(path: Path, storage: dict[Any, Any]) -> None:

@@ -158,7 +158,13 @@ def _layout(strategy: Any, devices: int) -> tuple[str, bool]:
         raise UserError("bfpo estimate: what offloading to the host's memory takes is not known here; leave it out.")
     if int(arguments.get("tensor_parallel_size") or 1) > 1 if name != "ModelParallelStrategy" else _tensor(arguments):
         raise UserError("bfpo estimate: tensor parallelism is not estimated; set tensor_parallel_size to 1.")
-    if name in ("FSDP2", "ModelParallelStrategy", "FSDPStrategy") or name.startswith("fsdp"):
+    if name in ("FSDP1", "FSDP2", "ModelParallelStrategy", "FSDPStrategy") or name.startswith("fsdp"):
+        sharding = str(arguments.get("sharding_strategy") or "FULL_SHARD").rpartition(".")[2].upper()
+        if sharding != "FULL_SHARD":
+            raise UserError(
+                f"bfpo estimate: trainer.strategy.sharding_strategy is {sharding}, and only FULL_SHARD is estimated, "
+                "which shards weights, gradients and optimizer state over all devices; set that."
+            )
         return SHARDED, False
     if name.startswith(("ddp", "DDP")):
         return REPLICATED, bool(arguments.get("gradient_as_bucket_view"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from bfpo_pl.checkpoints.atomic import sync_file, sync_folder
@@ -12,6 +13,15 @@ from bfpo_pl.component import UserError
 
 _SPARE = 2**24
 """Bytes left for what is small: configs, tokenizer, card."""
+
+_WRITTEN = (
+    *("README.md", "config.json", "adapter_config.json", "generation_config.json"),
+    *("*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "vocab-*", "merges.txt", "*.model", "*.tiktoken", "chat_template.*"),
+    *("modeling_*.py", "configuration_*.py", "tokenization_*.py"),
+)
+"""Names of files that `save_pretrained` of models and tokenizers writes, and the card."""
+_WRITTEN_FOLDERS = ("additional_chat_templates",)
 
 
 def check_target(folder: Path, replace: bool) -> None:
@@ -27,11 +37,26 @@ def check_target(folder: Path, replace: bool) -> None:
     if not (folder.exists() or folder.is_symlink()):
         return
     empty = folder.is_dir() and not any(folder.iterdir())
-    exported = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-    if not empty and not exported:
-        raise UserError(f"'{folder}' holds something that is not an exported model; name another folder.")
+    if not empty and (other := _foreign(folder)):
+        raise UserError(f"'{folder}' holds something that is not an exported model ({other}); name another folder.")
     if not replace:
         raise UserError(f"'{folder}' exists already. Name another folder, or replace it: --overwrite true.")
+
+
+def _foreign(folder: Path) -> str:
+    """What keeps a folder from being taken for an exported model and removed with all that is in it; else empty."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is a link or a file"
+    names = {path.name: path.is_file() for path in folder.iterdir()}
+    for name, is_file in sorted(names.items()):
+        known = any(fnmatch(name, pattern) for pattern in _WRITTEN) if is_file else name in _WRITTEN_FOLDERS
+        if not known:
+            return f"'{name}' is no part of one"
+    if not names.keys() & {"config.json", "adapter_config.json"}:
+        return "it has no config.json and no adapter_config.json"
+    if not any(name.endswith(".safetensors") for name in names):
+        return "it has no *.safetensors"
+    return ""
 
 
 def require_space(folder: Path, needed: int) -> None:

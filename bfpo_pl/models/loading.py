@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -20,6 +21,9 @@ from bfpo_pl.models.sources import ModelSource
 
 Change = Callable[[PreTrainedModel], None]
 """Changes a network in place."""
+
+_SAID: WeakSet[ModelSource] = WeakSet()
+"""Sources of which it was said that they load whole: a policy's frozen copy comes from the same one."""
 
 
 def load_in_shards(source: ModelSource, prepare: Change, place: Change, device: torch.device) -> PreTrainedModel:
@@ -48,7 +52,9 @@ def load_in_shards(source: ModelSource, prepare: Change, place: Change, device: 
         reason = str(why)
     reasons = [reason for reason in _on_all(reason) if reason]
     if reasons or outline is None:  # on one process perhaps, whose files are others: all take the same way
-        rank_zero_info(f"{source} is loaded whole on every process, not in shards: {reasons[0]}.")
+        if source not in _SAID:
+            rank_zero_info(f"{source} is loaded whole on every process, not in shards: {reasons[0]}.")
+            _SAID.add(source)
         network = source.load_model()
         prepare(network)
         place(network)

@@ -73,7 +73,7 @@ def test_a_run_without_an_export_speaks_from_its_last_checkpoint(run, say, tmp_p
     assert said == f"{greedy(exported, PROMPT)}\n"
 
 
-def test_an_adapters_folder_and_its_merged_run_say_the_same(run, say, tmp_path):
+def test_an_adapters_folder_and_its_merged_run_say_the_same(run, say, refusal, tmp_path):
     more = ["--model.policy=HFModel", f"--model.policy.path={run / 'export'}", *LORA]
     tuned = main(["fit", *BASE, *SMALL, *more, f"--runs={tmp_path}"]).run_folder
     adapter = main(["export", "--run", str(tuned), "--to", str(tmp_path / "adapter"), "--merge", "false"])
@@ -83,6 +83,11 @@ def test_an_adapters_folder_and_its_merged_run_say_the_same(run, say, tmp_path):
         say("--model", tuned, "--prompt", PROMPT, "--checkpoint", "last"),
     }
     assert len(answers) == 1
+    shutil.move(adapter, tuned / "adapter")
+    shutil.rmtree(tuned / "export")
+    (tuned / "adapter").rename(tuned / "export")  # as with export.merge: false
+    assert say("--model", tuned, "--prompt", PROMPT) in answers
+    assert "none.ckpt" in refusal("--model", tuned, "--prompt", PROMPT, "--checkpoint", "none.ckpt")
 
 
 def test_drawing_is_repeated_by_its_seed_and_leaves_the_random_state(run, say):
@@ -171,6 +176,17 @@ def test_a_real_pipe_gets_the_answer_alone(run):
     done = subprocess.run(command(run), input=PROMPT, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{greedy(run / 'export', PROMPT)}\n"
+
+
+@pytest.mark.parametrize(("what", "code"), [("generate", 141), ("components", 1)])  # 1 is rich's
+def test_a_pipe_that_nobody_reads_ends_it_silently(run, what, code):
+    """As with `| head -c 1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = [*command(run), "--prompt", PROMPT] if what == "generate" else [*command(run)[:3], what]
+    done = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 def test_a_real_terminal_holds_a_conversation(run):

@@ -11,7 +11,7 @@ import torch
 from bfpo_pl.checkpoints.check import checkpoint_step, problem
 from bfpo_pl.checkpoints.file_io import AtomicCheckpointIO, write_file
 from bfpo_pl.checkpoints.find import find_checkpoint, newest_complete
-from bfpo_pl.checkpoints.manifest import read_manifest
+from bfpo_pl.checkpoints.manifest import archive_size, read_manifest
 from bfpo_pl.cli import main
 from bfpo_pl.component import UserError
 
@@ -101,6 +101,12 @@ def test_where_nothing_before_it_is_complete_it_stops_with_the_reason(damage, re
     with pytest.raises(UserError, match="no complete checkpoint") as error:
         found(runs, "last")
     assert str(error.value).count("its end is missing") >= 2
+
+
+def test_sizes_that_look_the_same_are_said_in_bytes(saved):
+    data, size = saved[6].read_bytes(), archive_size(saved[6])
+    saved[6].write_bytes(data[: len(data) // 2] + data[len(data) // 2 + 4 :])
+    assert problem(saved[6]) == f"its size is {size - 4:,} bytes and should be {size:,}"
 
 
 def test_two_damaged_ones_are_both_named(runs, folder, saved):

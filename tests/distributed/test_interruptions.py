@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -86,6 +87,7 @@ def test_one_process_is_signalled_and_all_stop_after_the_same_step(
     run = only_run(tmp_path / "runs", log)
     assert code == (1 if launcher == "torchrun" else 143), log[-3000:]  # torchrun has one code for all failures
     assert seconds < BOUND
+    assert "bfpo: error" not in log
     assert (status(run)["state"], status(run)["step"]) == ("stopped", 4)
     assert run.checkpoint(4).is_dir() == (strategy == "fsdp2")
     code, log, _ = ended(started_by(launcher, arguments), tmp_path)
@@ -117,6 +119,29 @@ def test_a_process_that_fails_ends_the_others_and_its_reason_is_on_the_screen(la
     assert left == "", "no process is left"
 
 
+def test_a_process_that_is_killed_is_named_and_nothing_else_is_said(tmp_path, command):
+    planted = [*plant("SignalAt", 4, 1, tmp_path), f"--trainer.callbacks.number={int(signal.SIGKILL)}"]
+    code, log, seconds = ended(started_by("bfpo", command("sgd", "ddp", tmp_path / "runs", *planted)), tmp_path)
+    assert code == 1, log[-3000:]
+    assert seconds < BOUND
+    assert re.search(r"Process 1 \(pid \d+\) was killed by SIGKILL; if it was not you", log)
+    assert "bfpo: error: Another process of this run ended, so this one cannot go on" in log
+    assert "Traceback" not in log
+
+
+def test_a_nan_of_one_process_is_skipped_on_both_and_its_rows_are_named(tmp_path, command, only_run):
+    planted = ["--trainer.callbacks+=interruptions.NaNAt", "--trainer.callbacks.step=4", "--trainer.callbacks.rank=1"]
+    arguments = command("sgd", "ddp", tmp_path / "runs", *planted, "--model.max_nonfinite_steps=1")
+    code, log, _ = ended(started_by("bfpo", arguments), tmp_path)
+    assert code == 0, log[-3000:]
+    assert "none on this process; another one has them and names them) at optimizer step 3" in log
+    assert len(re.findall(r"Process 1: The loss was NaN or infinite \(rows of this step: .*:\d+.*\)", log)) == 1
+    run = only_run(tmp_path / "runs", log)
+    assert all(value.isfinite().all() for value in run.weights.values())
+    assert status(run)["step"] == 10
+    assert run.metrics("train/skipped") == {step: {"train/skipped_steps": 1.0} for step in range(4, 11)}
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -135,6 +160,17 @@ def test_a_busy_port_is_named(tmp_path, command):
     assert code == 1
     assert f"Processes cannot meet at 127.0.0.1:{port}, which another program uses" in log
     assert "Traceback" not in log
+
+
+def test_a_busy_port_does_not_keep_the_processes_that_bfpo_started(tmp_path, command):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(busy.getsockname()[1])}
+        code, log, _ = ended(started_by("bfpo", command("sgd", "ddp", tmp_path / "runs")), tmp_path, **where)
+    assert code == 1
+    assert "(the other processes have 2 s to end, too)" in log
+    assert "Processes cannot meet at 127.0.0.1:" in log
 
 
 def test_two_machines_of_torchrun_train_as_two_processes_of_one(tmp_path, started, command, only_run):

@@ -9,10 +9,12 @@ import pytest
 
 from bfpo_pl.estimation.devices import GIB, device_kind, device_names
 
+REPOSITORY = Path(__file__).parents[2]
 MODELS = Path(__file__).parent / "models"
 JSONL = ["-c", "configs/base.yaml", "-c", "configs/experiment/bfpo.yaml", "-c", "configs/data/jsonl.yaml"]
 LENGTHS = ["--prompt_tokens=16", "--response_tokens=24"]
 MISTRAL = ["--model.policy=HFModel", f"--model.policy.path={MODELS / 'mistral_7b'}"]
+FSDP1 = ["-c", "configs/strategy/fsdp1.yaml"]
 FSDP2 = ["-c", "configs/strategy/fsdp2.yaml"]
 
 
@@ -122,6 +124,30 @@ def test_a_config_without_data_at_hand_takes_the_longest_rows(estimated):
     assert said["stages"]["validation"] > said["stages"]["update"]
 
 
+REFUSED = {
+    "fsdp2_offload": "what offloading to the host's memory takes",
+    "fsdp2_tp": "tensor parallelism is not estimated",
+}
+
+
+@pytest.mark.parametrize("strategy", sorted(path.stem for path in (REPOSITORY / "configs/strategy").glob("*.yaml")))
+def test_every_strategy_of_the_repository_is_estimated_or_refused_with_a_reason(
+    estimated, base, small, capsys, strategy
+):
+    devices = 1 if strategy == "single" else 4
+    args = ["-c", f"configs/strategy/{strategy}.yaml", "-c", "configs/reference/precomputed.yaml"]
+    args += ["--device=h100", *LENGTHS, *small, f"--trainer.devices={devices}"]
+    if strategy in REFUSED:
+        with pytest.raises(SystemExit) as caught:
+            estimated(*base, *args)
+        assert caught.value.code == 2
+        assert REFUSED[strategy] in capsys.readouterr().err
+        return
+    parts = parts_of(estimated(*base, *args))
+    assert parts["gradients"] == parts["weights of the policy"] > 0
+    assert (parts.get("gathered weights", 0) > 0) == strategy.startswith("fsdp")
+
+
 def test_supervised_training_has_one_response(estimated):
     said = estimated("--device=h100", "-c", "configs/sft.yaml", *LENGTHS, "--trainer.devices=1")
     assert said["time"]["references"] == 0
@@ -142,6 +168,10 @@ def test_validation_of_packed_rows_is_in_blocks(estimated):
         ([], "--device is missing: b200"),
         (["--device=h100", "--trainer.devices=auto"], "say how many each machine has"),
         (["--device=h100", "--trainer.strategy=deepspeed"], "knows auto, DDP and FSDP strategies"),
+        (
+            ["--device=h100", *FSDP1, "--trainer.devices=2", "--trainer.strategy.sharding_strategy=SHARD_GRAD_OP"],
+            "sharding_strategy is SHARD_GRAD_OP, and only FULL_SHARD is estimated",
+        ),
         (["--device=h100", "--trainer.strategy=FSDP2", "--prompt_tokens=4"], "go together"),
         (["--device=h100", "--prompt_tokens=0", "--response_tokens=4"], "--prompt_tokens must be positive"),
         (["--device=h100", "--utilisation=40"], "must lie in (0, 1]"),

@@ -215,6 +215,16 @@ def test_an_older_folder_is_replaced_only_when_told(runs, bfpo, refusal, tmp_pat
     said = refusal("export", "--run", runs["file"], "--to", tmp_path / "mine", "--overwrite", "true")
     assert "not an exported model" in said
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+    (tmp_path / "mine/config.json").write_text("{}")
+    said = refusal("export", "--run", runs["file"], "--to", tmp_path / "mine", "--overwrite", "true")
+    assert "'thesis.txt' is no part of one" in said
+    (folder / "results").mkdir()
+    said = refusal("export", "--run", runs["file"], "--to", folder, "--overwrite", "true")
+    assert "'results' is no part of one" in said
+    (tmp_path / "mine/thesis.txt").rename(tmp_path / "thesis.txt")
+    said = refusal("export", "--run", runs["file"], "--to", tmp_path / "mine", "--overwrite", "true")
+    assert "it has no *.safetensors" in said
+    assert (tmp_path / "mine/config.json").read_text() == "{}"
 
 
 def test_a_failure_half_way_leaves_the_old_folder_and_no_other(runs, bfpo, tmp_path, monkeypatch):

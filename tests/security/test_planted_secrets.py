@@ -105,6 +105,35 @@ def test_addresses_keep_all_but_their_credentials():
     assert redacted_text("mail a@b.c, see https://host/@name") == "mail a@b.c, see https://host/@name"
 
 
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("https://u:p@ss@host/x", "https://<redacted>@host/x"),
+        ("https://host/x?a=1&access_token=abc&b=2", "https://host/x?a=1&access_token=<redacted>&b=2"),
+        ("Authorization: Bearer abcdefgh.ijklmnop-1=", "Authorization: Bearer <redacted>"),
+        ("hf_oauth_eyJhbGciOi.eyJzdWIi-x_y", "<redacted>"),
+    ],
+)
+def test_credentials_in_other_forms(text, clean):
+    assert redacted_text(text) == clean
+
+
+@pytest.mark.parametrize(
+    "value", ['{"api_key":"se cret"}', r'{"api_key":"se \"cret"}', "{api_key: 'se cret'}", "{api_key: se cret}"]
+)
+def test_a_secret_with_spaces_on_the_command_line(value):
+    [shown] = redacted_arguments([f"--logger={value}"])
+    assert "<redacted>}" in shown
+    assert "cret" not in shown
+
+
+@pytest.mark.parametrize("name", ["PGPASSWORD", "OPENAI_KEY"])
+def test_the_value_of_a_secret_variable_without_a_usual_name(name, monkeypatch):
+    monkeypatch.setenv(name, "correct horse battery")
+    assert redacted_text("it is correct horse battery") == "it is <redacted>"
+    assert redacted({"prompt_key": "question"}) == {"prompt_key": "question"}
+
+
 def test_the_value_of_a_secret_variable_is_known_anywhere(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "correct horse battery")
     monkeypatch.setenv("SHORT_TOKEN", "abc")
@@ -118,7 +147,7 @@ def test_options_in_all_spellings():
         "--hub.token",
         "<redacted>",
         "--api_key=<redacted>",
-        '--logger={"class_path": "W", "api_key": <redacted>", "offline": true}',
+        '--logger={"class_path": "W", "api_key": <redacted>, "offline": true}',
         "--data.max_tokens=3",
     ]
 

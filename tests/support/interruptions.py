@@ -41,6 +41,32 @@ class SignalAt(Callback):
                 os.kill(os.getpid(), self.number)
 
 
+class NaNAt(Callback):
+    """Makes the loss of one process NaN in an optimizer step.
+
+    Args:
+        step: The step.
+        rank: The process.
+    """
+
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_start(self, trainer, pl_module):
+        watch, step = pl_module.guard.watch, pl_module.training_step
+
+        def training_step(*arguments):
+            if trainer.global_step != self.step - 1 or trainer.global_rank != self.rank:
+                return step(*arguments)
+            pl_module.guard.watch = lambda loss, origins: watch(loss * float("nan"), origins)
+            try:
+                return step(*arguments) * float("nan")
+            finally:
+                pl_module.guard.watch = watch
+
+        pl_module.training_step = training_step
+
+
 class FailAt(Callback):
     """Raises in one process at a step.
 
