@@ -14,6 +14,10 @@ import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from bfpo_pl.checkpoints.find import find_checkpoint, newest_complete
+from bfpo_pl.cli import main
+from bfpo_pl.export.run import checkpoint_of
+
 MACHINE = re.compile("_second|memory|data_wait")
 # Logs at steps 1, 5, 10: a stop at step 7 has sums of two steps that are not logged yet. Dropout draws at every step.
 RUN = [
@@ -259,6 +263,25 @@ def test_the_same_wandb_run_goes_on(stopped, fit, monkeypatch):
     assert {file.name for file in files} == {f"run-{status(folder)['wandb_id']}.wandb"}
 
 
+def test_a_run_whose_config_names_the_folder_of_its_checkpoints_goes_on_from_there(stopped, fit, tmp_path, capsys):
+    dirpath = f"--checkpoint.dirpath={tmp_path / 'fast'}"
+    folder, _ = stopped(signal.SIGTERM, dirpath)
+    [newest] = (tmp_path / "fast").glob("*step=7.ckpt")
+    assert checkpoint_of(folder, "last") == checkpoint_of(folder, newest.name) == newest
+    assert find_checkpoint(str(folder), folder.parent) == str(newest)
+    main(["checkpoints", str(folder)])
+    assert newest.name in capsys.readouterr().out
+    times = newest.stat()
+    os.utime(newest, (0, 0))  # as if an older run with the same setting had left it
+    found = newest_complete(folder)
+    assert (found.step, [passed.path for passed in found.passed_over]) == (4, [newest])
+    os.utime(newest, (times.st_atime, times.st_mtime))
+    resumed = fit(*SIGTERM_AT_7, dirpath, "--resume=auto")
+    assert resumed.run_folder == folder
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["resumed"][0]["parent_checkpoint"] == str(newest)
+
+
 # ---- failures -----------------------------------------------------------------------------------------------------
 
 
@@ -287,8 +310,6 @@ def test_out_of_memory_says_which_settings_to_lower(fit, capsys):
 def test_a_folder_that_cannot_be_written_is_refused_before_weights_load(
     base, small, tmp_path, capsys, in_repository, root
 ):
-    from bfpo_pl.cli import main
-
     (tmp_path / "file").touch()
     root = root.format(file=tmp_path / "file")
     text = refused(capsys, main, ["fit", *base, *small, f"--runs={root}"])
