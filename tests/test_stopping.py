@@ -227,9 +227,7 @@ def test_a_run_killed_after_its_last_step_is_exported(fit, tmp_path):
     whole = weights(folder)
     (folder / "export" / "model.safetensors").unlink()
     (folder / "status.json").write_text(json.dumps({"state": "running"}))
-    with pytest.raises(SystemExit) as caught:
-        fit("--trainer.max_steps=4", "--resume=auto")
-    assert caught.value.code == 0
+    assert fit("--trainer.max_steps=4", "--resume=auto").run_folder == folder
     assert status(folder)["state"] == "finished"
     assert weights(folder).keys() == whole.keys()
     assert all(torch.equal(weights(folder)[name], value) for name, value in whole.items())
@@ -250,6 +248,37 @@ def test_a_validation_that_a_kill_came_before_runs_when_the_fit_goes_on(fit, tmp
     scores = [json.loads((folder / "checkpoints/index.json").read_text()) for folder in (whole, resumed)]
     assert scores[0] == scores[1]
     assert_equal_weights(resumed, whole)
+
+
+def test_the_last_validation_runs_when_a_kill_came_before_it(fit, tmp_path):
+    """Nothing is left to train, and still the end of the run is as if it had not been stopped."""
+    settings = ["--trainer.val_check_interval=12", "--trainer.max_steps=6", "--checkpoint.every_n_train_steps=6"]
+    settings += ["--checkpoint.monitor=val/all/all/loss"]
+    whole = fit(*settings).run_folder
+    plant = ["--trainer.callbacks+=interruptions.FailAtValidation", f"--trainer.callbacks.once={tmp_path / 'failed'}"]
+    with pytest.raises(SystemExit):
+        fit(*settings, *plant)
+    resumed = fit(*settings, *plant, "--resume=auto").run_folder
+    assert len(list((tmp_path / "runs" / "bfpo").iterdir())) == 2
+    assert metrics(resumed) == metrics(whole)
+    assert {step for step, name, _ in metrics(whole) if name.startswith("val/")} == {"6"}
+    scores = [json.loads((folder / "checkpoints/index.json").read_text()) for folder in (whole, resumed)]
+    assert scores[0] == scores[1]
+    assert None not in scores[1]["checkpoints"].values()
+    assert_equal_weights(resumed, whole)
+    assert status(resumed)["state"] == "finished"
+
+
+def test_a_run_in_its_last_validation_is_left_alone(fit, capsys):
+    """It has made its last step, and another process is about to end it."""
+    folder = fit("--trainer.max_steps=4").run_folder
+    (folder / "status.json").write_text(json.dumps({"state": "running", "process": 17, "host": "elsewhere"}))
+    before = (folder / "export" / "model.safetensors").stat().st_mtime_ns
+    with FileLock(folder / "run.lock"):
+        text = refused(capsys, fit, "--trainer.max_steps=4", "--resume=auto")
+    assert f"{folder} is still running: process 17 on elsewhere" in text
+    assert status(folder)["state"] == "running"
+    assert (folder / "export" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_the_same_wandb_run_goes_on(stopped, fit, monkeypatch):
