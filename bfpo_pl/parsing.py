@@ -246,9 +246,10 @@ class BFPOCLI(LightningCLI):
             raise SystemExit(0) from None
         if found is None:
             self.run_folder = new_run_folder(config.runs, config.experiment)
-            check_writable(Path(config.runs))
+            check_writable(Path(config.runs), f"--runs={config.runs}")
             return
         self.run_folder = hand_down(found.folder)
+        check_writable(self.run_folder, f"--resume={config.resume}: {self.run_folder}")
         config.ckpt_path = None if found.checkpoint is None else str(found.checkpoint)
         self.goes_on = True
 

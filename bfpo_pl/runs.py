@@ -66,22 +66,23 @@ def started_by_another() -> bool:
     return bool(inherited) and launcher == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
-def check_writable(root: Path) -> None:
+def check_writable(folder: Path, named: str) -> None:
     """Fails before any weight loads if runs cannot be recorded.
 
     Args:
-        root: Folder of all runs; it is made.
+        folder: Folder of all runs, or that of one; it is made.
+        named: What names it, for the message.
 
     Raises:
         UserError: It cannot be made or written.
     """
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(
-            f"--runs={root}: a run cannot be recorded there ({error.strerror}). Name a folder that can be written."
+            f"{named}: a run cannot be recorded there ({error.strerror}). Name a folder that can be written."
         ) from error
 
 

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import stat
+import subprocess
 
 import lightning.pytorch  # noqa: F401  # now: its log handler keeps the standard error of the time of its import
 import pytest
@@ -343,6 +345,38 @@ def test_a_folder_that_cannot_be_written_is_refused_before_weights_load(
     root = root.format(file=tmp_path / "file")
     text = refused(capsys, main, ["fit", *base, *small, f"--runs={root}"])
     assert f"--runs={root}: a run cannot be recorded there" in text
+    assert "parameters train" not in text
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "data.json", "status.json"])
+def test_a_record_that_cannot_be_written_ends_with_one_message_and_the_lock_let_go(stopped, fit, capsys, name):
+    folder, _ = stopped()
+    (folder / f"{name}.part").mkdir()  # where the file would be written
+    text = refused(capsys, fit, *SIGTERM_AT_7, "--resume=auto")
+    assert f"The run folder {folder} cannot be written: Is a directory" in text
+    assert status(folder)["state"] != "finished"
+    with FileLock(folder / "run.lock", timeout=0):
+        (folder / f"{name}.part").rmdir()
+    assert fit(*SIGTERM_AT_7, "--resume=auto").run_folder == folder
+    assert status(folder)["state"] == "finished"
+
+
+def test_a_run_on_a_disk_mounted_for_reading_is_refused_before_weights_load(
+    base, small, tmp_path, capsys, in_repository
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        run = main(["fit", *base, *small, f"--runs={disk}"]).run_folder
+        (run / "status.json").write_text('{"state": "running"}')
+        subprocess.run([mount, "-o", "remount,ro", disk], check=True)
+        text = refused(capsys, main, ["fit", *base, *small, f"--runs={disk}", "--resume=auto"])
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert f"{run}: a run cannot be recorded there (Read-only file system)" in text
     assert "parameters train" not in text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,15 @@ class RunRecord(Callback):
                 f"Stop it first, or start another one without --resume."
             )
         except OSError as error:
-            return f"The run folder {self.folder} cannot be written: {error.strerror or error}."
+            return _unwritable(self.folder, error)
+        try:
+            self._write_records(trainer)
+        except OSError as error:
+            self._lock.release()
+            return _unwritable(self.folder, error)
+        return None
+
+    def _write_records(self, trainer: Trainer) -> None:
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120)
         write_text(self.folder / "config.yaml", f"# bfpo {self.subcommand}\n{text}")
         record = environment() | {"subcommand": self.subcommand, **self.notes}
@@ -88,7 +97,6 @@ class RunRecord(Callback):
                 logger.experiment.config.update(self.config | {"environment": record}, allow_val_change=True)
                 more["wandb_id"] = logger.experiment.id
         write_status(self.folder, RUNNING, **more)
-        return None
 
     def _write_environment(self, record: dict[str, Any]) -> None:
         """The first start's record, with those of later starts in the same folder as a list in it."""
@@ -111,11 +119,13 @@ class RunRecord(Callback):
         self._write_data(trainer)  # streaming sources count as they are read
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._write_data(trainer)
+        with suppress(OSError):  # it would hide what happened
+            self._write_data(trainer)
         if trainer.is_global_zero and self._lock is not None and self._lock.is_locked:
             stopped = isinstance(exception, Stopped | KeyboardInterrupt | SIGTERMException)
             reason = redacted_text(str(exception)) or type(exception).__name__
-            write_status(self.folder, STOPPED if stopped else FAILED, step=trainer.global_step, reason=reason)
+            with suppress(OSError):
+                write_status(self.folder, STOPPED if stopped else FAILED, step=trainer.global_step, reason=reason)
             self._lock.release()
 
     def finish(self, trainer: Trainer) -> None:
@@ -128,6 +138,10 @@ class RunRecord(Callback):
         report = getattr(getattr(trainer, "datamodule", None), "report", None)
         if report and trainer.is_global_zero and self.folder.is_dir():
             write_text(self.folder / "data.json", json.dumps(report, indent=2) + "\n")
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"The run folder {folder} cannot be written: {error.strerror or error}."
 
 
 def _keep_samples(path: Path, step: int) -> None:
