@@ -35,7 +35,7 @@ from bfpo_pl.checkpoints.keep import RunCheckpoints
 from bfpo_pl.checkpoints.shards import plain_sharded_reads
 from bfpo_pl.component import UserError
 from bfpo_pl.devices import check_devices
-from bfpo_pl.fit_loop import GoingOn
+from bfpo_pl.fit_loop import GoingOn, WholeSteps
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.loggers import MetricsFile
 from bfpo_pl.plugins import Plugin
@@ -340,8 +340,7 @@ class BFPOCLI(LightningCLI):
             more = [callback for callback in more if not isinstance(callback, ModelCheckpoint)]
         kwargs["plugins"] = _with_checkpoint_io(config.trainer.plugins)
         trainer = self._instantiate_trainer({**config.trainer, **kwargs}, more)
-        if self.goes_on:
-            trainer.fit_loop = GoingOn(trainer.fit_loop)
+        trainer.fit_loop = (GoingOn if self.goes_on else WholeSteps)(trainer.fit_loop)
         return trainer
 
 

@@ -23,7 +23,7 @@ STATUS = "status.json"
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 
-HOW = ("ckpt_path", "resume", "runs", "verify")
+HOW = ("ckpt_path", "resume", "runs", "verify", "trainer.max_time")
 """Settings that say how a run is started, not which run it is."""
 
 
@@ -112,7 +112,10 @@ def differences(recorded: dict[str, Any], config: dict[str, Any]) -> list[str]:
         recorded: The run's.
         config: The other one.
     """
-    first, second = (dict(_flat({k: v for k, v in each.items() if k not in HOW})) for each in (recorded, config))
+    first, second = (
+        {key: value for key, value in _flat(each) if not any(f"{key}.".startswith(f"{how}.") for how in HOW)}
+        for each in (recorded, config)
+    )
     missing = "not set"
     return [
         f"{key} is {first.get(key, missing)} there and {second.get(key, missing)} here"
@@ -146,8 +149,8 @@ def write_status(folder: Path, state: str, **more: Any) -> None:
 
     Args:
         folder: The run's folder.
-        state: ``running``, ``finished``, ``stopped`` (by a signal) or ``failed``. A run that was killed stays
-            ``running``.
+        state: ``running``, ``finished``, ``stopped`` (by a signal, or as its time was up) or ``failed``. A run that was
+            killed stays ``running``.
         **more: Further plain data, which replaces what the file says of the same names.
     """
     own = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname()}

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from bfpo_pl.checkpoints.find import find_checkpoint, newest_complete
 from bfpo_pl.cli import main
 from bfpo_pl.export.run import checkpoint_of
+from bfpo_pl.resuming import differences
 
 MACHINE = re.compile("_second|memory|data_wait")
 # Logs at steps 1, 5, 10: a stop at step 7 has sums of two steps that are not logged yet. Dropout draws at every step.
@@ -281,6 +282,36 @@ def test_a_run_in_its_last_validation_is_left_alone(fit, capsys):
     assert f"{folder} is still running: process 17 on elsewhere" in text
     assert status(folder)["state"] == "running"
     assert (folder / "export" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("step", [5, 7])
+def test_a_run_whose_time_was_up_goes_on(fit, step):
+    """The time is up amid a step of two micro-batches, in the last of an epoch and within one."""
+    whole = fit().run_folder
+    limit = ["--trainer.callbacks+=interruptions.SleepAt", f"--trainer.callbacks.step={step}"]
+    limit += ["--trainer.callbacks.seconds=6", "--trainer.max_time=00:00:00:05"]
+    run = fit(*limit)
+    folder, last = run.run_folder, run.trainer.global_step
+    batches = run.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    assert 0 < last <= step
+    assert batches == 2 * last
+    assert (status(folder)["state"], status(folder)["step"]) == ("stopped", last)
+    assert status(folder)["reason"] == f"trainer.max_time was over after step {last}."
+    while status(folder)["state"] == "stopped":  # again only where the machine is very slow
+        before = status(folder)["step"]
+        assert fit(*limit, "--resume=auto").run_folder == folder
+        assert status(folder)["step"] > before
+    assert status(folder)["reason"] is None
+    trained = [[row for row in metrics(each) if row[1].startswith("train/")] for each in (folder, whole)]
+    assert trained[0] == trained[1]
+    assert_equal_weights(folder, whole)
+
+
+def test_how_long_a_start_may_take_is_not_part_of_which_run_it_is():
+    ours = {"runs": "a", "trainer": {"max_time": "00:00:00:05", "max_steps": 12}}
+    assert differences(ours, {"trainer": {"max_time": {"hours": 1}, "max_steps": 12}}) == []
+    changed = differences(ours, {"trainer": {"max_time": None, "max_steps": 13}})
+    assert changed == ["trainer.max_steps is 12 there and 13 here"]
 
 
 def test_the_same_wandb_run_goes_on(stopped, fit, monkeypatch):
