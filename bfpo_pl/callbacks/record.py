@@ -154,7 +154,8 @@ def _out_of_time(trainer: Trainer) -> str | None:
     """Why a fit ended before its last step or epoch, if it was for the time that it was given."""
     loop = trainer.fit_loop
     steps, epochs = loop.max_steps, -1 if loop.max_epochs is None else loop.max_epochs
-    ended = 0 <= steps <= trainer.global_step or 0 <= epochs <= loop.epoch_progress.current.processed
+    progress: Any = loop.epoch_progress.current
+    ended = 0 <= steps <= trainer.global_step or 0 <= epochs <= progress.processed
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
     left = [each.time_remaining() for each in timers]
     if ended or not trainer.should_stop or not any(seconds is not None and seconds <= 0 for seconds in left):
