@@ -299,7 +299,8 @@ class BFPOCLI(LightningCLI):
         self.run_record.finish(self.trainer)
         report = getattr(self.datamodule, "report", {}).values()
         rows = sum(splits.get("validation", {}).get("rows", 0) for splits in report)
-        if rows and not any(name.startswith("val/") for name in self.trainer.callback_metrics):
+        shown = any(name.startswith("val/") for name in self.trainer.callback_metrics)
+        if rows and not shown and getattr(self.model, "validated_step", -1) < 0:  # nor before the run went on
             rank_zero_info(
                 f"Validation never ran on its {rows} rows: this run ended before the first (trainer.val_check_interval "
                 f"steps; where that is null, the end of an epoch). Set it lower, or run `bfpo validate -c "

@@ -224,13 +224,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_in_its_folder(
     assert metrics(folder) == whole
 
 
-def test_a_run_killed_after_its_last_step_is_exported(fit, tmp_path):
+def test_a_run_killed_after_its_last_step_is_exported(fit, capsys):
     run = fit("--trainer.max_steps=4")
     folder = run.run_folder
     whole = weights(folder)
     (folder / "export" / "model.safetensors").unlink()
     (folder / "status.json").write_text(json.dumps({"state": "running"}))
     assert fit("--trainer.max_steps=4", "--resume=auto").run_folder == folder
+    assert "Validation never ran" not in capsys.readouterr().err
     assert status(folder)["state"] == "finished"
     assert weights(folder).keys() == whole.keys()
     assert all(torch.equal(weights(folder)[name], value) for name, value in whole.items())
