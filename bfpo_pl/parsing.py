@@ -36,12 +36,12 @@ from bfpo_pl.checkpoints.keep import RunCheckpoints
 from bfpo_pl.checkpoints.shards import plain_sharded_reads
 from bfpo_pl.component import UserError
 from bfpo_pl.devices import check_devices
-from bfpo_pl.export.command import export_run
+from bfpo_pl.fit_loop import GoingOn, WholeSteps
 from bfpo_pl.listing import COMPONENTS, component_key, describe, subclasses
 from bfpo_pl.loggers import MetricsFile
 from bfpo_pl.plugins import Plugin
 from bfpo_pl.redaction import redacted, redacted_text, secrets_off_the_command_line
-from bfpo_pl.resuming import FINISHED, AlreadyFinished, read_status, resumption, write_status
+from bfpo_pl.resuming import AlreadyFinished, read_status, resumption
 from bfpo_pl.runs import check_writable, hand_down, new_run_folder
 from bfpo_pl.summary import print_validation
 from bfpo_pl.training import ResponseModule
@@ -155,6 +155,7 @@ class BFPOCLI(LightningCLI):
         self.command = command
         self.record: dict[str, Any] = {}
         self.run_folder = Path()
+        self.goes_on = False
         super().__init__(
             model_class,
             datamodule_class,
@@ -250,24 +251,12 @@ class BFPOCLI(LightningCLI):
             raise SystemExit(0) from None
         if found is None:
             self.run_folder = new_run_folder(config.runs, config.experiment)
-            check_writable(Path(config.runs))
+            check_writable(Path(config.runs), f"--runs={config.runs}")
             return
         self.run_folder = hand_down(found.folder)
+        check_writable(self.run_folder, f"--resume={config.resume}: {self.run_folder}")
         config.ckpt_path = None if found.checkpoint is None else str(found.checkpoint)
-        if 0 < config.trainer.max_steps <= (found.step or 0):
-            self._finish(config)
-
-    def _finish(self, config: Namespace) -> NoReturn:
-        """Ends a run that was stopped between its last step and its end: what is left is its export, in one process."""
-        rank_zero_info(f"The run had made its last step; what was left is its export. {config.ckpt_path} has it.")
-        export = config.export
-        if export.enabled and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            folder = export.folder or str(self.run_folder / "export")
-            export_run(
-                str(self.run_folder), folder, config.ckpt_path, export.merge, export.max_shard_size, overwrite=True
-            )
-            write_status(self.run_folder, FINISHED, step=config.trainer.max_steps, reason=None)
-        raise SystemExit(0)
+        self.goes_on = True
 
     def _wandb_id(self) -> str | None:
         return (read_status(self.run_folder) or {}).get("wandb_id")
@@ -315,7 +304,8 @@ class BFPOCLI(LightningCLI):
         self.run_record.finish(self.trainer)
         report = getattr(self.datamodule, "report", {}).values()
         rows = sum(splits.get("validation", {}).get("rows", 0) for splits in report)
-        if rows and not any(name.startswith("val/") for name in self.trainer.callback_metrics):
+        shown = any(name.startswith("val/") for name in self.trainer.callback_metrics)
+        if rows and not shown and getattr(self.model, "validated_step", -1) < 0:  # nor before the run went on
             rank_zero_info(
                 f"Validation never ran on its {rows} rows: this run ended before the first (trainer.val_check_interval "
                 f"steps; where that is null, the end of an epoch). Set it lower, or run `bfpo validate -c "
@@ -355,7 +345,9 @@ class BFPOCLI(LightningCLI):
         if config.trainer.enable_checkpointing is False:
             more = [callback for callback in more if not isinstance(callback, ModelCheckpoint)]
         kwargs["plugins"] = _with_checkpoint_io(config.trainer.plugins)
-        return self._instantiate_trainer({**config.trainer, **kwargs}, more)
+        trainer = self._instantiate_trainer({**config.trainer, **kwargs}, more)
+        trainer.fit_loop = (GoingOn if self.goes_on else WholeSteps)(trainer.fit_loop)
+        return trainer
 
 
 def _fill_in_seed(part: Any, seed: Any) -> None:

@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bfpo_pl.checkpoints.atomic import write_text
 from bfpo_pl.checkpoints.find import newest_complete
 from bfpo_pl.component import UserError
-from bfpo_pl.runs import newest_first
+from bfpo_pl.runs import newest_first, recorded
 
 STATUS = "status.json"
 """Name of the file in a run's folder that says what became of it."""
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 
-HOW = ("ckpt_path", "resume", "runs", "verify")
+HOW = ("ckpt_path", "resume", "runs", "verify", "trainer.max_time")
 """Settings that say how a run is started, not which run it is."""
 
 
@@ -80,34 +79,24 @@ def resumption(
         raise AlreadyFinished(f"The run {folder} has finished. For another one leave out --resume.")
     found = newest_complete(folder, verify)
     for passed in found.passed_over:
-        rank_zero_warn(f"Passed over, since it is not complete: {passed}")
+        rank_zero_warn(f"Passed over: {passed}")
     where = f"from {found.path.name}" if found.path else "from the start, since it has no complete checkpoint"
     rank_zero_info(f"Going on with the run {folder} {where}.")
     return Resumption(folder, found.path, found.step)
 
 
-def _recorded(folder: Path) -> tuple[str, dict[str, Any]] | None:
-    """The command and the config of a run, if its record is whole."""
-    try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-        config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    return (text.partition("\n")[0].removeprefix("# bfpo "), config) if isinstance(config, dict) else None
-
-
 def _is_same(folder: Path, command: str, config: dict[str, Any]) -> bool:
-    recorded = _recorded(folder)
-    return recorded is not None and recorded[0] == command and not differences(recorded[1], config)
+    found = recorded(folder)
+    return found is not None and found[0] == command and not differences(found[1], config)
 
 
 def _check_same(folder: Path, command: str, config: dict[str, Any]) -> None:
-    recorded = _recorded(folder) if folder.is_dir() else None
-    if recorded is None:
+    found = recorded(folder) if folder.is_dir() else None
+    if found is None:
         raise UserError(f"--resume: '{folder}' is not the folder of a run: it has no config.yaml that can be read.")
-    if recorded[0] != command:
-        raise UserError(f"--resume: the run {folder} is one of `bfpo {recorded[0]}`, not of `bfpo {command}`.")
-    changed = differences(recorded[1], config)
+    if found[0] != command:
+        raise UserError(f"--resume: the run {folder} is one of `bfpo {found[0]}`, not of `bfpo {command}`.")
+    changed = differences(found[1], config)
     if changed:
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(
@@ -123,7 +112,10 @@ def differences(recorded: dict[str, Any], config: dict[str, Any]) -> list[str]:
         recorded: The run's.
         config: The other one.
     """
-    first, second = (dict(_flat({k: v for k, v in each.items() if k not in HOW})) for each in (recorded, config))
+    first, second = (
+        {key: value for key, value in _flat(each) if not any(f"{key}.".startswith(f"{how}.") for how in HOW)}
+        for each in (recorded, config)
+    )
     missing = "not set"
     return [
         f"{key} is {first.get(key, missing)} there and {second.get(key, missing)} here"
@@ -157,8 +149,8 @@ def write_status(folder: Path, state: str, **more: Any) -> None:
 
     Args:
         folder: The run's folder.
-        state: ``running``, ``finished``, ``stopped`` (by a signal) or ``failed``. A run that was killed stays
-            ``running``.
+        state: ``running``, ``finished``, ``stopped`` (by a signal, or as its time was up) or ``failed``. A run that was
+            killed stays ``running``.
         **more: Further plain data, which replaces what the file says of the same names.
     """
     own = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import secrets
@@ -9,9 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from bfpo_pl.component import UserError
 from bfpo_pl.redaction import redacted_command
@@ -62,22 +66,23 @@ def started_by_another() -> bool:
     return bool(inherited) and launcher == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
-def check_writable(root: Path) -> None:
+def check_writable(folder: Path, named: str) -> None:
     """Fails before any weight loads if runs cannot be recorded.
 
     Args:
-        root: Folder of all runs; it is made.
+        folder: Folder of all runs, or that of one; it is made.
+        named: What names it, for the message.
 
     Raises:
         UserError: It cannot be made or written.
     """
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(
-            f"--runs={root}: a run cannot be recorded there ({error.strerror}). Name a folder that can be written."
+            f"{named}: a run cannot be recorded there ({error.strerror}). Name a folder that can be written."
         ) from error
 
 
@@ -89,6 +94,33 @@ def newest_first(experiment: Path) -> list[Path]:
     """
     folders = [folder for folder in experiment.iterdir() if folder.is_dir()] if experiment.is_dir() else []
     return sorted(folders, key=lambda folder: (folder.name[:15], folder.stat().st_mtime_ns), reverse=True)
+
+
+def recorded(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """The command and the whole config of a run, without secrets; None if its record is not there or not whole.
+
+    Args:
+        folder: The run's folder.
+    """
+    try:
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return (text.partition("\n")[0].removeprefix("# bfpo "), config) if isinstance(config, dict) else None
+
+
+def began(folder: Path) -> float | None:
+    """When a run first started, in seconds since the epoch; None if its ``environment.json`` does not say.
+
+    Args:
+        folder: The run's folder.
+    """
+    try:
+        started = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["started"]
+        return datetime.strptime(started, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def environment() -> dict[str, Any]:

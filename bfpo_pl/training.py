@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bfpo_pl.batch import PairBatch, Window
 from bfpo_pl.component import RunError, UserError, check_range
 from bfpo_pl.data.loading import of_every_share, rank_and_world
+from bfpo_pl.fit_loop import GoingOn
 from bfpo_pl.guard import Stopped, UpdateGuard
 from bfpo_pl.models.attention import AttentionBackend, Auto
 from bfpo_pl.models.buffers import float_buffers, restore_buffers
@@ -319,7 +320,8 @@ class ResponseModule(LightningModule):
             UserError: They are another model's; the message names the first that differs.
         """
         step, last = int(checkpoint.get("global_step", 0)), self.trainer.max_steps
-        if self.trainer.state.fn == TrainerFn.FITTING and 0 < last <= step:
+        new = self.trainer.state.fn == TrainerFn.FITTING and not isinstance(self.trainer.fit_loop, GoingOn)
+        if new and 0 < last <= step:
             raise UserError(
                 f"The checkpoint is at step {step} and trainer.max_steps is {last}: nothing is left to train. Raise it."
             )

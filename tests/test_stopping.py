@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import stat
+import subprocess
 
 import lightning.pytorch  # noqa: F401  # now: its log handler keeps the standard error of the time of its import
 import pytest
@@ -13,6 +15,11 @@ import torch
 import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
+
+from bfpo_pl.checkpoints.find import find_checkpoint, newest_complete
+from bfpo_pl.cli import main
+from bfpo_pl.export.run import checkpoint_of
+from bfpo_pl.resuming import differences
 
 MACHINE = re.compile("_second|memory|data_wait")
 # Logs at steps 1, 5, 10: a stop at step 7 has sums of two steps that are not logged yet. Dropout draws at every step.
@@ -217,15 +224,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_in_its_folder(
     assert metrics(folder) == whole
 
 
-def test_a_run_killed_after_its_last_step_is_exported(fit, tmp_path):
+def test_a_run_killed_after_its_last_step_is_exported(fit, capsys):
     run = fit("--trainer.max_steps=4")
     folder = run.run_folder
     whole = weights(folder)
     (folder / "export" / "model.safetensors").unlink()
     (folder / "status.json").write_text(json.dumps({"state": "running"}))
-    with pytest.raises(SystemExit) as caught:
-        fit("--trainer.max_steps=4", "--resume=auto")
-    assert caught.value.code == 0
+    assert fit("--trainer.max_steps=4", "--resume=auto").run_folder == folder
+    assert "Validation never ran" not in capsys.readouterr().err
     assert status(folder)["state"] == "finished"
     assert weights(folder).keys() == whole.keys()
     assert all(torch.equal(weights(folder)[name], value) for name, value in whole.items())
@@ -248,6 +254,67 @@ def test_a_validation_that_a_kill_came_before_runs_when_the_fit_goes_on(fit, tmp
     assert_equal_weights(resumed, whole)
 
 
+def test_the_last_validation_runs_when_a_kill_came_before_it(fit, tmp_path):
+    """Nothing is left to train, and still the end of the run is as if it had not been stopped."""
+    settings = ["--trainer.val_check_interval=12", "--trainer.max_steps=6", "--checkpoint.every_n_train_steps=6"]
+    settings += ["--checkpoint.monitor=val/all/all/loss"]
+    whole = fit(*settings).run_folder
+    plant = ["--trainer.callbacks+=interruptions.FailAtValidation", f"--trainer.callbacks.once={tmp_path / 'failed'}"]
+    with pytest.raises(SystemExit):
+        fit(*settings, *plant)
+    resumed = fit(*settings, *plant, "--resume=auto").run_folder
+    assert len(list((tmp_path / "runs" / "bfpo").iterdir())) == 2
+    assert metrics(resumed) == metrics(whole)
+    assert {step for step, name, _ in metrics(whole) if name.startswith("val/")} == {"6"}
+    scores = [json.loads((folder / "checkpoints/index.json").read_text()) for folder in (whole, resumed)]
+    assert scores[0] == scores[1]
+    assert None not in scores[1]["checkpoints"].values()
+    assert_equal_weights(resumed, whole)
+    assert status(resumed)["state"] == "finished"
+
+
+def test_a_run_in_its_last_validation_is_left_alone(fit, capsys):
+    """It has made its last step, and another process is about to end it."""
+    folder = fit("--trainer.max_steps=4").run_folder
+    (folder / "status.json").write_text(json.dumps({"state": "running", "process": 17, "host": "elsewhere"}))
+    before = (folder / "export" / "model.safetensors").stat().st_mtime_ns
+    with FileLock(folder / "run.lock"):
+        text = refused(capsys, fit, "--trainer.max_steps=4", "--resume=auto")
+    assert f"{folder} is still running: process 17 on elsewhere" in text
+    assert status(folder)["state"] == "running"
+    assert (folder / "export" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("step", [5, 7])
+def test_a_run_whose_time_was_up_goes_on(fit, step):
+    """The time is up amid a step of two micro-batches, in the last of an epoch and within one."""
+    whole = fit().run_folder
+    limit = ["--trainer.callbacks+=interruptions.SleepAt", f"--trainer.callbacks.step={step}"]
+    limit += ["--trainer.callbacks.seconds=6", "--trainer.max_time=00:00:00:05"]
+    run = fit(*limit)
+    folder, last = run.run_folder, run.trainer.global_step
+    batches = run.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    assert 0 < last <= step
+    assert batches == 2 * last
+    assert (status(folder)["state"], status(folder)["step"]) == ("stopped", last)
+    assert status(folder)["reason"] == f"trainer.max_time was over after step {last}."
+    while status(folder)["state"] == "stopped":  # again only where the machine is very slow
+        before = status(folder)["step"]
+        assert fit(*limit, "--resume=auto").run_folder == folder
+        assert status(folder)["step"] > before
+    assert status(folder)["reason"] is None
+    trained = [[row for row in metrics(each) if row[1].startswith("train/")] for each in (folder, whole)]
+    assert trained[0] == trained[1]
+    assert_equal_weights(folder, whole)
+
+
+def test_how_long_a_start_may_take_is_not_part_of_which_run_it_is():
+    ours = {"runs": "a", "trainer": {"max_time": "00:00:00:05", "max_steps": 12}}
+    assert differences(ours, {"trainer": {"max_time": {"hours": 1}, "max_steps": 12}}) == []
+    changed = differences(ours, {"trainer": {"max_time": None, "max_steps": 13}})
+    assert changed == ["trainer.max_steps is 12 there and 13 here"]
+
+
 def test_the_same_wandb_run_goes_on(stopped, fit, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
     logger = ["-c", "configs/logger/wandb_offline.yaml"]
@@ -257,6 +324,25 @@ def test_the_same_wandb_run_goes_on(stopped, fit, monkeypatch):
     files = list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2
     assert {file.name for file in files} == {f"run-{status(folder)['wandb_id']}.wandb"}
+
+
+def test_a_run_whose_config_names_the_folder_of_its_checkpoints_goes_on_from_there(stopped, fit, tmp_path, capsys):
+    dirpath = f"--checkpoint.dirpath={tmp_path / 'fast'}"
+    folder, _ = stopped(signal.SIGTERM, dirpath)
+    [newest] = (tmp_path / "fast").glob("*step=7.ckpt")
+    assert checkpoint_of(folder, "last") == checkpoint_of(folder, newest.name) == newest
+    assert find_checkpoint(str(folder), folder.parent) == str(newest)
+    main(["checkpoints", str(folder)])
+    assert newest.name in capsys.readouterr().out
+    times = newest.stat()
+    os.utime(newest, (0, 0))  # as if an older run with the same setting had left it
+    found = newest_complete(folder)
+    assert (found.step, [passed.path for passed in found.passed_over]) == (4, [newest])
+    os.utime(newest, (times.st_atime, times.st_mtime))
+    resumed = fit(*SIGTERM_AT_7, dirpath, "--resume=auto")
+    assert resumed.run_folder == folder
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["resumed"][0]["parent_checkpoint"] == str(newest)
 
 
 # ---- failures -----------------------------------------------------------------------------------------------------
@@ -287,12 +373,42 @@ def test_out_of_memory_says_which_settings_to_lower(fit, capsys):
 def test_a_folder_that_cannot_be_written_is_refused_before_weights_load(
     base, small, tmp_path, capsys, in_repository, root
 ):
-    from bfpo_pl.cli import main
-
     (tmp_path / "file").touch()
     root = root.format(file=tmp_path / "file")
     text = refused(capsys, main, ["fit", *base, *small, f"--runs={root}"])
     assert f"--runs={root}: a run cannot be recorded there" in text
+    assert "parameters train" not in text
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "data.json", "status.json"])
+def test_a_record_that_cannot_be_written_ends_with_one_message_and_the_lock_let_go(stopped, fit, capsys, name):
+    folder, _ = stopped()
+    (folder / f"{name}.part").mkdir()  # where the file would be written
+    text = refused(capsys, fit, *SIGTERM_AT_7, "--resume=auto")
+    assert f"The run folder {folder} cannot be written: Is a directory" in text
+    assert status(folder)["state"] != "finished"
+    with FileLock(folder / "run.lock", timeout=0):
+        (folder / f"{name}.part").rmdir()
+    assert fit(*SIGTERM_AT_7, "--resume=auto").run_folder == folder
+    assert status(folder)["state"] == "finished"
+
+
+def test_a_run_on_a_disk_mounted_for_reading_is_refused_before_weights_load(
+    base, small, tmp_path, capsys, in_repository
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        run = main(["fit", *base, *small, f"--runs={disk}"]).run_folder
+        (run / "status.json").write_text('{"state": "running"}')
+        subprocess.run([mount, "-o", "remount,ro", disk], check=True)
+        text = refused(capsys, main, ["fit", *base, *small, f"--runs={disk}", "--resume=auto"])
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    assert f"{run}: a run cannot be recorded there (Read-only file system)" in text
     assert "parameters train" not in text
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from bfpo_pl.checkpoints.find import checkpoints_folder
 from bfpo_pl.component import RunError, UserError
 from bfpo_pl.export.card import model_card
 from bfpo_pl.export.folder import check_target
@@ -60,7 +61,7 @@ class ExportHF(Callback):
             self._export(pl_module, run, folder, template, trainer.global_step, trainer.is_global_zero)
         except (UserError, OSError) as error:
             raise RunError(
-                f"The fit is done, but its export failed: {error} The checkpoints are in {run / 'checkpoints'}: "
+                f"The fit is done, but its export failed: {error} The checkpoints are in {checkpoints_folder(run)}: "
                 f"`bfpo export --run {run} --to FOLDER`."
             ) from error
         if self.artifact and trainer.is_global_zero:

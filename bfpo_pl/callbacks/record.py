@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -77,7 +79,15 @@ class RunRecord(Callback):
                 f"Stop it first, or start another one without --resume."
             )
         except OSError as error:
-            return f"The run folder {self.folder} cannot be written: {error.strerror or error}."
+            return _unwritable(self.folder, error)
+        try:
+            self._write_records(trainer)
+        except OSError as error:
+            self._lock.release()
+            return _unwritable(self.folder, error)
+        return None
+
+    def _write_records(self, trainer: Trainer) -> None:
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120)
         write_text(self.folder / "config.yaml", f"# bfpo {self.subcommand}\n{text}")
         record = environment() | {"subcommand": self.subcommand, **self.notes}
@@ -90,7 +100,6 @@ class RunRecord(Callback):
                 define_metrics(logger)
                 more["wandb_id"] = logger.experiment.id
         write_status(self.folder, RUNNING, **more)
-        return None
 
     def _write_environment(self, record: dict[str, Any]) -> None:
         """The first start's record, with those of later starts in the same folder as a list in it."""
@@ -99,6 +108,12 @@ class RunRecord(Callback):
             first = json.loads(path.read_text(encoding="utf-8"))
             record = {**first, "resumed": [*first.get("resumed", []), record]}
         write_text(path, json.dumps(record, indent=2) + "\n")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lets the time of `max_time` begin anew; else a run that it ended could never go on."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer):
+                checkpoint["callbacks"].pop(callback.state_key, None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets what was recorded after the step that the run goes on from."""
@@ -113,23 +128,45 @@ class RunRecord(Callback):
         self._write_data(trainer)  # streaming sources count as they are read
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._write_data(trainer)
+        with suppress(OSError):  # it would hide what happened
+            self._write_data(trainer)
         if trainer.is_global_zero and self._lock is not None and self._lock.is_locked:
             stopped = isinstance(exception, Stopped | KeyboardInterrupt | SIGTERMException)
             reason = redacted_text(str(exception)) or type(exception).__name__
-            write_status(self.folder, STOPPED if stopped else FAILED, step=trainer.global_step, reason=reason)
+            with suppress(OSError):
+                write_status(self.folder, STOPPED if stopped else FAILED, step=trainer.global_step, reason=reason)
             self._lock.release()
 
     def finish(self, trainer: Trainer) -> None:
-        """Marks the run as finished: all that it leaves is there."""
+        """Marks the run as finished, for all that it leaves is there; or as stopped, where its time was up before."""
         if trainer.is_global_zero and self._lock is not None:
-            write_status(self.folder, FINISHED, step=trainer.global_step)
+            reason = _out_of_time(trainer)
+            write_status(self.folder, STOPPED if reason else FINISHED, step=trainer.global_step, reason=reason)
+            if reason:
+                rank_zero_info(f"{reason} --resume auto goes on from there.")
             self._lock.release()
 
     def _write_data(self, trainer: Trainer) -> None:
         report = getattr(getattr(trainer, "datamodule", None), "report", None)
         if report and trainer.is_global_zero and self.folder.is_dir():
             write_text(self.folder / "data.json", json.dumps(report, indent=2) + "\n")
+
+
+def _out_of_time(trainer: Trainer) -> str | None:
+    """Why a fit ended before its last step or epoch, if it was for the time that it was given."""
+    loop = trainer.fit_loop
+    steps, epochs = loop.max_steps, -1 if loop.max_epochs is None else loop.max_epochs
+    progress: Any = loop.epoch_progress.current
+    ended = 0 <= steps <= trainer.global_step or 0 <= epochs <= progress.processed
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    left = [each.time_remaining() for each in timers]
+    if ended or not trainer.should_stop or not any(seconds is not None and seconds <= 0 for seconds in left):
+        return None
+    return f"trainer.max_time was over after step {trainer.global_step}."
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"The run folder {folder} cannot be written: {error.strerror or error}."
 
 
 def _keep_samples(path: Path, step: int) -> None:

@@ -13,7 +13,7 @@ from bfpo_pl.checkpoints.index import Index
 from bfpo_pl.checkpoints.keep import LAST, PATTERN
 from bfpo_pl.checkpoints.manifest import DamageError, read_manifest
 from bfpo_pl.component import UserError
-from bfpo_pl.runs import newest_first
+from bfpo_pl.runs import began, newest_first, recorded
 
 CHECKPOINTS = "checkpoints"
 """Name of the folder of checkpoints in a run's folder."""
@@ -46,12 +46,23 @@ class Found:
 
 
 def checkpoints_folder(folder: Path) -> Path:
-    """The folder of checkpoints of a run's folder; any other folder itself."""
+    """The folder of checkpoints of a run's folder, also one that its config names; any other folder itself."""
+    named = _named(folder)
+    if named is not None and (named.is_dir() or not (folder / CHECKPOINTS).is_dir()):
+        return named
     return folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
 
 
+def _named(folder: Path) -> Path | None:
+    """What ``checkpoint.dirpath`` names in a run's config."""
+    found = recorded(folder)
+    section = None if found is None else found[1].get("checkpoint")
+    dirpath = section.get("dirpath") if isinstance(section, dict) else None
+    return Path(dirpath) if dirpath else None
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a run's folder, or of its folder of checkpoints, complete or not; newest first, no links."""
+    """The checkpoints of a run's folder, or of a folder of checkpoints, complete or not; newest first, no links."""
     folder = checkpoints_folder(folder)
     found = [path for path in folder.glob(PATTERN) if not leads_elsewhere(path)]
     # A kill between two renames may leave a folder under this name only.
@@ -63,7 +74,8 @@ def newest_complete(folder: Path, verify: bool = False, before: int | None = Non
     """The newest complete checkpoint of a run's folder, with the reasons why newer ones were passed over.
 
     Args:
-        folder: A run's folder, or its folder of checkpoints.
+        folder: A run's folder, or a folder of checkpoints. In one that the run's config names, those that were saved
+            before the run began are another run's, and passed over.
         verify: Whether to compare hashes, too.
         before: Only checkpoints of a smaller step.
 
@@ -72,11 +84,13 @@ def newest_complete(folder: Path, verify: bool = False, before: int | None = Non
     """
     half = [PassedOver(part, "it was being written when its process ended") for part in half_written(folder)]
     passed = half if before is None else []
+    began_at = began(folder) if _named(folder) is not None else None
     for path in checkpoints_in(folder):
         step = checkpoint_step(path)
         if before is not None and (step is None or step >= before):
             continue
-        reason = problem(path, verify)
+        foreign = began_at is not None and path.stat().st_mtime < began_at
+        reason = "it was saved before this run began" if foreign else problem(path, verify)
         if reason is None:
             return Found(path, step, tuple(passed))
         passed.append(PassedOver(path, reason))

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from bfpo_pl.checkpoints.find import CHECKPOINTS, find_checkpoint
+from bfpo_pl.checkpoints.find import checkpoints_folder, find_checkpoint
 from bfpo_pl.component import UserError
 from bfpo_pl.data.templates import ChatTemplate
 from bfpo_pl.function_parser import build
@@ -97,7 +97,7 @@ def checkpoint_of(run: Path, which: str) -> Path:
     Raises:
         UserError: There is none; the message lists those that there are.
     """
-    folder = run / CHECKPOINTS
+    folder = checkpoints_folder(run)
     if which not in ("last", "best") and not Path(which).exists():
         which = str(folder / which)
     found = find_checkpoint(which, run.parent, folder)

@@ -106,6 +106,23 @@ class FailAtValidation(Callback):
             raise RunError("the planted failure of a validation")
 
 
+class SleepAt(Callback):
+    """Takes long over the first micro-batch of a step.
+
+    Args:
+        step: The step.
+        seconds: How long.
+    """
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.step, self.seconds, self.slept = step, seconds, False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step - 1 and not self.slept:
+            self.slept = True
+            time.sleep(self.seconds)
+
+
 class LastStep(Callback):
     """Notes the last step that ended in the run's folder, for whoever kills the process."""
 
