@@ -1,0 +1,108 @@
+"""Gathers what the sweeps of the ablations found: chosen settings, tables and figures for docs/ablations.md.
+
+    bfpo sweep configs/sweep/sft.yaml configs/sweep/ablation/tune.yaml configs/sweep/ablation/tune_dpo.yaml --workers 2
+    python benchmarks/ablations.py choose      # the best of the grid for each objective, by validation prompts alone
+    bfpo sweep configs/sweep/labeling.yaml configs/sweep/ablation/noise.yaml --workers 2
+    python benchmarks/ablations.py collect     # benchmarks/results/ablations/ and docs/images/ablations/
+
+The settings that `choose` prints stand in configs/ablation/<objective>.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bfpo_pl.comparison.command import compare
+from bfpo_pl.sweep.results import last_value
+from bfpo_pl.sweep.store import FINISHED, SweepFolder
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/ablations"
+IMAGES = ROOT / "docs/images/ablations"
+BASELINES = {"labeling": "bfpo"}
+TUNED = ("ablation-tune", "ablation-tune_dpo")
+VALIDATION = "val/microworld/greedy/"
+
+
+def choose(sweeps: Path) -> list[dict[str, Any]]:
+    """The mean over seeds of each setting, by objective, the best first.
+
+    Settings are ranked by min(helpfulness, harmlessness), and where that ties, as for objectives that are always unsafe
+    or never helpful, by the sum of both.
+    """
+    found: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
+    for sweep in TUNED:
+        folder = SweepFolder(sweeps / sweep)
+        for trial in folder.trials():
+            if trial.status != FINISHED or trial.run is None:
+                continue
+            run = folder.folder(trial) / trial.run
+            helpful, harmless = (last_value(run, VALIDATION + name) for name in ("helpfulness", "harmlessness"))
+            assert helpful is not None
+            assert harmless is not None
+            values = {key: str(value) for key, value in trial.parameters.items() if key != "seed_everything"}
+            objective = Path(values.pop("config", "dpo.yaml")).stem
+            setting = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in sorted(values.items()))
+            found[objective, setting].append((helpful, harmless))
+    rows = [
+        {
+            "objective": objective,
+            "setting": setting,
+            "seeds": len(pairs),
+            "both": mean(min(pair) for pair in pairs),
+            "helpfulness": mean(helpful for helpful, _ in pairs),
+            "harmlessness": mean(harmless for _, harmless in pairs),
+        }
+        for (objective, setting), pairs in found.items()
+    ]
+    return sorted(rows, key=lambda row: (row["objective"], -row["both"], -(row["helpfulness"] + row["harmlessness"])))
+
+
+def collect(sweeps: Path) -> None:
+    """Compares each sweep; keeps table and record under benchmarks/results and figures under docs/images."""
+    for folder in sorted(sweeps.iterdir()):
+        name = folder.name.removeprefix("ablation-")
+        if folder.name == "sft" or folder.name in TUNED or not any(folder.glob("trials/*/trial.json")):
+            continue
+        target = RESULTS / name
+        compare([str(folder)], to=str(target), baseline=BASELINES.get(name))
+        trials = SweepFolder(folder).trials()
+        first = next(run for run in (folder / "trials").glob("*/*/*/environment.json"))
+        record = {
+            "environment": json.loads(first.read_text()),
+            "trials": len(trials),
+            "seconds": {"mean": mean(trial.seconds for trial in trials), "sum": sum(trial.seconds for trial in trials)},
+        }
+        (target / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+        (target / "report.html").unlink()  # large; `bfpo compare` makes it again
+        (IMAGES / name).mkdir(parents=True, exist_ok=True)
+        for figure in target.glob("*.png"):
+            shutil.move(figure, IMAGES / name / figure.name)
+
+
+def main() -> None:
+    """Reads the sweeps below ``--runs``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("choose", "collect"))
+    parser.add_argument("--runs", default="runs")
+    options = parser.parse_args()
+    sweeps = Path(options.runs) / "sweeps"
+    if options.what == "collect":
+        collect(sweeps)
+        return
+    rows = choose(sweeps)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "tuned.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        values = ", ".join(f"{key} {row[key]:.3f}" for key in ("both", "helpfulness", "harmlessness"))
+        print(f"{row['objective']:<14}{row['setting']:<24}{values} ({row['seeds']} seeds)")
+
+
+if __name__ == "__main__":
+    main()
