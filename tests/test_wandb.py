@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 
 import pytest
+from google.protobuf.message import DecodeError
 
 
 def records(path):
@@ -29,6 +31,21 @@ def records(path):
             whole = b""
 
 
+def whole(folder):
+    """All records of a run's only .wandb file, the last of which W&B's own process may write a little later."""
+    [file] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    end = time.monotonic() + 60
+    while True:
+        try:
+            read = list(records(file))
+        except DecodeError:  # half of a record
+            read = []
+        if any(record.WhichOneof("record_type") == "exit" for record in read):
+            return file, read
+        assert time.monotonic() < end, "the run has no end"
+        time.sleep(0.1)
+
+
 def flat(items):
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
@@ -49,10 +66,10 @@ def offline_run(bfpo, base, small, monkeypatch):
 
 
 def test_offline_run_holds_config_metrics_and_the_sample_table(offline_run):
-    [file] = (offline_run.run_folder / "wandb").glob("offline-run-*/run-*.wandb")
+    file, read = whole(offline_run.run_folder)
     config, history = {}, []
     names = set()
-    for record in records(file):
+    for record in read:
         if record.WhichOneof("record_type") == "config":
             config |= flat(record.config.update)
         elif record.WhichOneof("record_type") == "history":
@@ -77,8 +94,7 @@ def test_offline_run_holds_config_metrics_and_the_sample_table(offline_run):
 
 
 def test_group_job_type_tags_summaries_and_plot(offline_run):
-    [file] = (offline_run.run_folder / "wandb").glob("offline-run-*/run-*.wandb")
-    read = list(records(file))
+    file, read = whole(offline_run.run_folder)
     [run] = [record.run for record in read if record.WhichOneof("record_type") == "run"][:1]
     assert (run.run_group, run.job_type, list(run.tags)) == ("bfpo", "fit", ["tiny", "test"])
     metrics = {record.metric.name: record.metric for record in read if record.WhichOneof("record_type") == "metric"}
@@ -100,8 +116,8 @@ def test_group_job_type_tags_summaries_and_plot(offline_run):
 
 
 def test_an_export_is_kept_as_an_artifact_if_asked(offline_run):
-    [file] = (offline_run.run_folder / "wandb").glob("offline-run-*/run-*.wandb")
-    kept = [record.artifact for record in records(file) if record.WhichOneof("record_type") == "artifact"]
+    _, read = whole(offline_run.run_folder)
+    kept = [record.artifact for record in read if record.WhichOneof("record_type") == "artifact"]
     [artifact] = [each for each in kept if each.type == "model"]
     assert artifact.name == f"{offline_run.run_folder.name}-export"
     names = {entry.path for entry in artifact.manifest.contents}

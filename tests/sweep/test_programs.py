@@ -65,6 +65,7 @@ def test_a_limit_of_failures_stops_the_sweep(sweep, tmp_path, capsys):
     assert len(SweepFolder(tmp_path / "runs/sweeps/sweep").trials()) == 2
 
 
+@pytest.mark.distributed
 def test_two_sweeps_of_one_folder_share_its_trials(sweep, tmp_path):
     command = [
         sys.executable,
