@@ -12,12 +12,13 @@ it under mu x mu is u(y) = E_y' m(y, y').
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
 
 from bfpo_pl.batch import REFERENCE, Annotations, LogProbs
-from bfpo_pl.labeling import BFPO, HelpfulnessOnly
+from bfpo_pl.labeling import BFPO, HelpfulnessOnly, SafetyFirst
 from bfpo_pl.losses import Logistic, RobustLogistic, Squared
 from bfpo_pl.reductions import Mean
 
@@ -218,3 +219,34 @@ def test_dpo_recovers_the_reward_of_a_bradley_terry_annotator(seed):
     close(robust, centred(score) / beta)
     plain = train({}, Logistic(beta), HelpfulnessOnly(), ref=ref, mu=mu, wins=flipped)
     assert (plain - centred(score) / beta).abs().max() > 0.1
+
+
+def expected_target(labeling, chosen_safe, rejected_safe, wrong):
+    """E g over flags that are each wrong with a probability, by going through all four cases."""
+    total = 0.0
+    for chosen_wrong in (0, 1):
+        for rejected_wrong in (0, 1):
+            safe = torch.tensor([float(abs(chosen_safe - chosen_wrong)), float(abs(rejected_safe - rejected_wrong))])
+            flags = Annotations(torch.tensor([[0, 1]]), response={"safe": safe})
+            weight = math.prod(wrong if each else 1 - wrong for each in (chosen_wrong, rejected_wrong))
+            total += weight * labeling(flags).target.item()
+    return total
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.1, 0.2, 0.4])
+@pytest.mark.parametrize("pair", [(1, 1), (1, 0), (0, 0), (0, 1)])
+def test_wrong_flags_scale_the_targets_of_bfpo(wrong, pair):
+    """docs/ablations.md: at the paper's values noise scales every target by 1 - 2e."""
+    assert expected_target(BFPO(3.0, 0.5), *pair, wrong) == pytest.approx(
+        (1 - 2 * wrong) * expected_target(BFPO(3.0, 0.5), *pair, 0.0), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.1, 0.2, 0.4])
+def test_wrong_flags_turn_safety_first_around(wrong):
+    """docs/ablations.md: a conflict pair's target passes 0 at e = 1 - 1/sqrt(2)."""
+    conflict = expected_target(SafetyFirst(), 0, 1, wrong)
+    assert conflict == pytest.approx((1 - 2 * (1 - wrong) ** 2) / 2, abs=1e-12)
+    assert (conflict > 0) == (wrong > 1 - 1 / math.sqrt(2))
+    both_unsafe = expected_target(SafetyFirst(), 0, 0, wrong)
+    assert both_unsafe == pytest.approx((1 - 2 * wrong * (1 - wrong)) / 2, abs=1e-12)
