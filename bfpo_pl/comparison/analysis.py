@@ -127,7 +127,8 @@ def analyse(reading: Reading, question: Question) -> Comparison:
     pair = _pair(reading.runs, question)
     metrics = [*(pair or ()), *question.metrics]
     if not question.metrics and reading.metric and any(reading.metric in run.series for run in reading.runs):
-        metrics.append(reading.metric)
+        worse = f"{pair[0].rpartition('/')[0]}/both" if pair else None  # the minimum, which is shown anyhow
+        metrics += [] if reading.metric == worse else [reading.metric]
     metrics = list(dict.fromkeys(metrics or [LOSS]))
     _check_columns(reading.runs, [*metrics, *filter(None, [question.at.partition(":")[2]])])
     left_out, values = list(reading.left_out), {}
