@@ -13,13 +13,13 @@ from bfpo_pl.plots import Point, pareto_figure
 
 @pytest.mark.distributed
 def test_demo_with_few_steps(in_repository, tmp_path, capsys):
-    further = ["--trainer.max_steps=3", "--seed=1", "--objectives", "bfpo", "bfpo_nll"]
+    further = ["--trainer.max_steps=3", "--seed=1", "--objectives", "bfpo_nll"]
     record = run_demo(["--runs", str(tmp_path), *further])
     [folder] = (tmp_path / "demo").iterdir()
     assert json.loads((folder / "results.json").read_text()) == record
     assert record["seed"] == 1
     assert record["heldout_prompts"] >= 500
-    assert set(record["models"]) == {"sft", "bfpo", "bfpo_nll"}
+    assert set(record["models"]) == {"sft", "bfpo_nll"}
     scores = record["models"]["bfpo_nll"]["greedy"]
     assert scores["benign/count"] + scores["harmful/count"] == record["heldout_prompts"]
     assert 0 <= scores["harmlessness"] <= scores["harmful/safe"] <= 1
@@ -33,9 +33,8 @@ def test_demo_with_few_steps(in_repository, tmp_path, capsys):
     ):
         assert words in text
     assert (folder / "pareto.png").stat().st_size > 10_000
-    for stage in ("bfpo", "bfpo_nll"):  # both start from the SFT export
-        [config] = (folder / stage).glob("*/config.yaml")
-        assert str(next((folder / "sft").glob("*/export"))) in config.read_text()
+    [config] = (folder / "bfpo_nll").glob("*/config.yaml")
+    assert str(next((folder / "sft").glob("*/export"))) in config.read_text()  # it starts from the SFT export
 
 
 @pytest.mark.distributed

@@ -186,7 +186,8 @@ except here.Stop:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.long), "sharded"])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
 def test_two_processes(tmp_path, kind):
     """Ranks see disjoint rows, together all of an epoch; each rank resumes exactly, sharded checkpoints too."""
     script = tmp_path / "script.py"

@@ -103,7 +103,7 @@ def test_one_process_is_signalled_and_all_stop_after_the_same_step(
     ("launcher", "rank"),
     [
         ("torchrun", 1),
-        ("bfpo", 0),
+        pytest.param("bfpo", 0, marks=pytest.mark.long),
         pytest.param("torchrun", 0, marks=pytest.mark.long),
         pytest.param("bfpo", 1, marks=pytest.mark.long),
     ],

@@ -92,6 +92,7 @@ def test_log_probs_gradients_and_loading_of_a_family(name, networks_of_two):
     assert networks_of_two[name][0]["held"] < 0.6  # embeddings and head, whole on both, are much of a tiny network
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen3", "phi3"])
 def test_log_probs_gradients_and_loading_in_two_groups(name, networks_of_four):
     check_network(networks_of_four[name])
