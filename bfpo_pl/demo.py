@@ -23,7 +23,7 @@ from bfpo_pl.callbacks.progress import SECONDS_VARIABLE
 from bfpo_pl.component import UserError
 from bfpo_pl.microworld.evaluation import Evaluation, evaluate
 from bfpo_pl.plots import Point, pareto_figure
-from bfpo_pl.runs import new_run_folder
+from bfpo_pl.runs import new_run_folder, usable_cores
 
 CONFIGS = Path("configs")
 OBJECTIVES = ("helpfulness_only", "bfpo", "bfpo_nll")
@@ -108,7 +108,7 @@ def run_demo(args: list[str]) -> dict[str, Any]:
     folder = new_run_folder(options.runs, "demo")
     folder.mkdir(parents=True)
     console.print(f"bfpo demo, seed {options.seed}: everything goes to {folder}\n", highlight=False, soft_wrap=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     common = [f"--seed_everything={options.seed}", f"--runs={folder}", *further]
     sft = Stage("sft", ["sft", "-c", f"{CONFIGS}/sft.yaml", *common, *_world("sft", options.seed)], cores)
     _run([sft], folder, console)

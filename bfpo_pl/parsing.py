@@ -19,7 +19,7 @@ from jsonargparse._util import import_object
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -45,6 +45,7 @@ from bfpo_pl.resuming import AlreadyFinished, read_status, resumption
 from bfpo_pl.runs import check_writable, hand_down, new_run_folder
 from bfpo_pl.summary import print_validation
 from bfpo_pl.training import ResponseModule
+from bfpo_pl.wandb_views import wandb_loggers
 
 
 def _discard_all_init_args(parser_or_action: Any, prev_val: Any, value: Any) -> None:
@@ -297,7 +298,7 @@ class BFPOCLI(LightningCLI):
             raise
         finally:
             # Else the next run of this process would go on in this one's W&B run.
-            if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
+            if any(wandb_loggers(self.trainer)):
                 wandb.finish(exit_code=int(failed))
 
     def after_fit(self) -> None:

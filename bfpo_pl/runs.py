@@ -139,6 +139,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def git_revision(folder: Path) -> dict[str, Any] | None:
     """Commit of the working directory and whether it has uncommitted changes; None outside a repository."""
 

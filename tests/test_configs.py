@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from paper_rows import red_team_rows
 from parsed import parsed
 
 from bfpo_pl.cli import main
@@ -124,19 +125,9 @@ def test_the_papers_configs_take_the_papers_rows_and_tokens(name, base, in_repos
         assert (data.driver, data.streams["helpfulness"].assume_safe) == ("safety", True)
 
 
-def red_team_rows(path):
+def red_team_file(path):
     """Rows of the microworld in the schema of the paper's red-team file."""
-    rows = [
-        {
-            "prompt": row["prompt"],
-            "modeloutput1": row["response_0"],
-            "modeloutput2": row["response_1"],
-            "better_modelout": row["better_response_id"] + 1,
-            "is_modelout1_safe": row["is_response_0_safe"],
-            "is_modelout2_safe": row["is_response_1_safe"],
-        }
-        for row in safety_rows(200, seed=0, split="train", split_seed=0)
-    ]
+    rows = red_team_rows(safety_rows(200, seed=0, split="train", split_seed=0))
     path.write_text(json.dumps(rows))
     return str(path)
 
@@ -152,7 +143,7 @@ def test_the_papers_configs_run_on_rows_of_the_same_schemas(name, bfpo, base, tm
             "--data.streams.safety.source=MicroworldSafety",
             "--data.streams.helpfulness.source=MicroworldHelpfulness",
         ],
-        "paper_redteam": [f"--data.streams.redteam.source.path={red_team_rows(tmp_path / 'rows.json')}"],
+        "paper_redteam": [f"--data.streams.redteam.source.path={red_team_file(tmp_path / 'rows.json')}"],
     }[name]
     # The microworld's own chat template knows no system message.
     own_template = ["--data.template.chat_template=null", "--data.template.system=null"]

@@ -225,7 +225,7 @@ def local_data(name, folder):
         chat = hub.write_dataset(folder / "chat", {"train_sft": ultrachat_rows(20), "test_sft": ultrachat_rows(3)})
         return [f"--data.streams.{s}.source.path={p}" for s, p in (("ultrachat", chat), ("saferlhf", pku))]
     if name == "redteam":
-        (folder / "rows.json").write_text(json.dumps(red_team_rows(16)))
+        (folder / "rows.json").write_text(json.dumps(red_team_rows(pku_rows(16))))
         return [f"--data.streams.redteam.source.path={folder / 'rows.json'}"]
     feedback = hub.write_dataset(
         folder / "uf", {"train_prefs": ultrafeedback_rows(pairs + 4), "test_prefs": ultrafeedback_rows(2)}

@@ -147,23 +147,11 @@ class MicroworldTest(MicroworldEvaluation):
 
     Args:
         split: Prompts of combinations that no training row shows: ``heldout``, or ``validation``.
-        split_seed: Which split of the combinations; the one of the training data. null for the run's seed.
-        temperatures: One pass of generation each; 0 is greedy.
-        max_prompts: Takes evenly spread prompts only. Default: all of the split.
-        batch_size: Prompts at once.
-        samples: Answers kept for the table, evenly spread.
+        **kwargs: As for `MicroworldEvaluation`.
     """
 
-    def __init__(
-        self,
-        split: str = "heldout",
-        split_seed: int | None = 0,
-        temperatures: tuple[float, ...] = (0.0, 0.5),
-        max_prompts: int | None = None,
-        batch_size: int = 192,
-        samples: int = 12,
-    ) -> None:
-        super().__init__(split, split_seed, temperatures, max_prompts, batch_size, samples)
+    def __init__(self, split: str = "heldout", **kwargs: Any) -> None:
+        super().__init__(split=split, **kwargs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: these prompts are left alone until the end."""

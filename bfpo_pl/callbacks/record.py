@@ -11,7 +11,6 @@ import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -23,7 +22,7 @@ from bfpo_pl.loggers import MetricsFile
 from bfpo_pl.redaction import redacted, redacted_text
 from bfpo_pl.resuming import FAILED, FINISHED, RUNNING, STOPPED, read_status, write_status
 from bfpo_pl.runs import environment
-from bfpo_pl.wandb_views import define_metrics
+from bfpo_pl.wandb_views import define_metrics, wandb_loggers
 
 
 class RunRecord(Callback):
@@ -94,11 +93,10 @@ class RunRecord(Callback):
         self._write_environment(record)
         self._write_data(trainer)
         more: dict[str, Any] = {"step": trainer.global_step, "reason": None}
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update(self.config | {"environment": record}, allow_val_change=True)
-                define_metrics(logger)
-                more["wandb_id"] = logger.experiment.id
+        for logger in wandb_loggers(trainer):
+            logger.experiment.config.update(self.config | {"environment": record}, allow_val_change=True)
+            define_metrics(logger)
+            more["wandb_id"] = logger.experiment.id
         write_status(self.folder, RUNNING, **more)
 
     def _write_environment(self, record: dict[str, Any]) -> None:

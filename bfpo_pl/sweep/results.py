@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from pathlib import Path
 
 from bfpo_pl.redaction import redacted_text
+from bfpo_pl.resuming import FAILED, STATUS, read_status
 
 
 def run_folder(trial: Path) -> Path | None:
     """The newest run below a trial's folder, if there is one."""
-    found = sorted(trial.glob("*/*/status.json"), key=lambda file: file.parent.name[:15])
+    found = sorted(trial.glob(f"*/*/{STATUS}"), key=lambda file: file.parent.name[:15])
     return found[-1].parent if found else None
 
 
@@ -29,8 +29,8 @@ def last_value(run: Path, metric: str) -> float | None:
 def reason(run: Path | None, log: Path, code: int) -> str:
     """Why a trial failed: what its run says, or else the last words of its log."""
     if run is not None:
-        said = json.loads((run / "status.json").read_text(encoding="utf-8"))
-        if said.get("state") == "failed" and said.get("reason"):
+        said = read_status(run) or {}
+        if said.get("state") == FAILED and said.get("reason"):
             return str(said["reason"])
     lines = (
         [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.is_file() else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from bfpo_pl.runs import usable_cores
 from bfpo_pl.sweep.drawing import Plan
 from bfpo_pl.sweep.expansion import expanded
 from bfpo_pl.sweep.processes import Running, start
@@ -21,6 +23,8 @@ STOP_CODES = {128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGUSR1, -
 """Exit codes of a run that was asked to stop."""
 
 LOOK_EVERY = 0.2
+SEARCH_EVERY = 2.0
+"""Seconds between searches for a trial while nothing ends here: each reads all records, which may lie on a network."""
 BEAT_EVERY = 10.0
 
 
@@ -63,14 +67,16 @@ class Runner:
 
     def run(self) -> list[Trial]:
         """Runs what is left to run; returns all recorded trials."""
-        beat = 0.0
+        beat = searched = -math.inf
         with self._signals():
             try:
                 while True:
                     changed = self._reap()
-                    changed |= self._fill()
-                    if not self._slots and (self.signal or self.gives_up or not self._is_work_left()):
-                        break
+                    if changed or time.monotonic() - searched > SEARCH_EVERY:
+                        changed |= self._fill()
+                        if not self._slots and (self.signal or self.gives_up or not self._is_work_left()):
+                            break
+                        searched = time.monotonic()
                     if time.monotonic() - beat > BEAT_EVERY:
                         self.folder.beat()
                         beat, changed = time.monotonic(), True
@@ -184,8 +190,7 @@ def _share(place: int, workers: int) -> dict[str, str]:
     """The part of the machine that a place may use: its threads, and its GPUs where there are some."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // workers))
+    threads = str(max(1, usable_cores() // workers))
     share = {name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     count = torch.cuda.device_count()
     if count and workers > 1:

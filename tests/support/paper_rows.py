@@ -51,8 +51,8 @@ def ultrachat_rows(count):
     return [{"prompt": each[0]["content"], "messages": each} for each in joined]
 
 
-def red_team_rows(count):
-    """The schema of the paper's red-team file."""
+def red_team_rows(rows):
+    """Rows of PKU-SafeRLHF's schema in that of the paper's red-team file."""
     return [
         {
             "prompt": row["prompt"],
@@ -62,5 +62,5 @@ def red_team_rows(count):
             "is_modelout1_safe": row["is_response_0_safe"],
             "is_modelout2_safe": row["is_response_1_safe"],
         }
-        for row in pku_rows(count)
+        for row in rows
     ]
