@@ -18,16 +18,21 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from bfpo_pl.comparison.analysis import WORSE, Comparison
 from bfpo_pl.comparison.command import compare
+from bfpo_pl.comparison.tables import front_text, mean_text
 from bfpo_pl.sweep.results import last_value
 from bfpo_pl.sweep.store import FINISHED, SweepFolder
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/ablations"
 IMAGES = ROOT / "docs/images/ablations"
+PAGE = ROOT / "docs/ablations.md"
 BASELINES = {"labeling": "bfpo"}
 TUNED = ("ablation-tune", "ablation-tune_dpo")
 VALIDATION = "val/microworld/greedy/"
+FURTHER = [f"test/microworld/{name}" for name in ("greedy/harmful/malformed", "t0.5/helpfulness", "t0.5/harmlessness")]
+HEADS = ["malformed on harm", "helpfulness, T 0.5", "harmlessness, T 0.5"]
 
 
 def choose(sweeps: Path) -> list[dict[str, Any]]:
@@ -65,13 +70,13 @@ def choose(sweeps: Path) -> list[dict[str, Any]]:
 
 
 def collect(sweeps: Path) -> None:
-    """Compares each sweep; keeps table and record under benchmarks/results and figures under docs/images."""
+    """Compares each sweep; keeps record and figures, and fills the tables of docs/ablations.md."""
     for folder in sorted(sweeps.iterdir()):
         name = folder.name.removeprefix("ablation-")
         if folder.name == "sft" or folder.name in TUNED or not any(folder.glob("trials/*/trial.json")):
             continue
         target = RESULTS / name
-        compare([str(folder)], to=str(target), baseline=BASELINES.get(name))
+        comparison = compare([str(folder)], to=str(target), baseline=BASELINES.get(name), metrics=FURTHER)
         trials = SweepFolder(folder).trials()
         first = next(run for run in (folder / "trials").glob("*/*/*/environment.json"))
         record = {
@@ -84,6 +89,25 @@ def collect(sweeps: Path) -> None:
         (IMAGES / name).mkdir(parents=True, exist_ok=True)
         for figure in target.glob("*.png"):
             shutil.move(figure, IMAGES / name / figure.name)
+        fill(name, table(comparison, [trial.id for trial in trials]))
+
+
+def table(comparison: Comparison, order: list[str]) -> list[str]:
+    """The groups as lines of Markdown, in the order of the sweep's trials."""
+    assert comparison.pair
+    keys = [*comparison.pair, WORSE, *FURTHER]
+    rows = sorted(comparison.rows, key=lambda row: min(order.index(run.folder.parts[-3]) for run in row.group.runs))
+    cells = [[f"`{row.label}`", *(mean_text(row.means[key]) for key in keys), front_text(row)] for row in rows]
+    head = ["", "helpfulness", "harmlessness", "the worse", *HEADS, "on the front"]
+    return [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *cells]]
+
+
+def fill(name: str, lines: list[str]) -> None:
+    """Puts a table between its marks in the page."""
+    start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+    before, found, rest = PAGE.read_text().partition(start)
+    if found:
+        PAGE.write_text(before + start + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
 
 
 def main() -> None:
@@ -99,6 +123,11 @@ def main() -> None:
     rows = choose(sweeps)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "tuned.json").write_text(json.dumps(rows, indent=1) + "\n")
+    lines = ["| objective | setting | the worse | helpfulness | harmlessness |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        figures = " | ".join(f"{row[key]:.3f}" for key in ("both", "helpfulness", "harmlessness"))
+        lines.append(f"| {row['objective']} | {row['setting']} | {figures} |")
+    fill("tune", lines)
     for row in rows:
         values = ", ".join(f"{key} {row[key]:.3f}" for key in ("both", "helpfulness", "harmlessness"))
         print(f"{row['objective']:<14}{row['setting']:<24}{values} ({row['seeds']} seeds)")

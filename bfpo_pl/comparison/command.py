@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bfpo_pl.comparison.analysis import Comparison, Question, analyse
-from bfpo_pl.comparison.figures import draw_all
+from bfpo_pl.comparison.figures import FIGURES, draw_all
 from bfpo_pl.comparison.reading import read
 from bfpo_pl.comparison.report import report
 from bfpo_pl.comparison.tables import as_csv, as_json, print_table
@@ -61,11 +62,7 @@ def compare(
         new = RUNS / "compare" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         folder = reading.sweep / "report" if reading.sweep else new
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "comparison.json").write_text(as_json(comparison), encoding="utf-8")
-        (folder / "comparison.csv").write_text(as_csv(comparison), encoding="utf-8")
-        page = report(comparison, draw_all(comparison, folder))
-        (folder / "report.html").write_text(page, encoding="utf-8")
+        _write(comparison, folder)
     except OSError as error:
         raise UserError(
             f"The comparison cannot be written to '{folder}' ({error.strerror}). Name another --to."
@@ -75,3 +72,19 @@ def compare(
         Text(f"Written to {folder}: report.html, its figures, comparison.json, comparison.csv")
     )
     return comparison
+
+
+def _write(comparison: Comparison, folder: Path) -> None:
+    """Writes all files, or none: an earlier comparison in the folder stays whole until this one is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as name:
+        new = Path(name)
+        (new / "comparison.json").write_text(as_json(comparison), encoding="utf-8")
+        (new / "comparison.csv").write_text(as_csv(comparison), encoding="utf-8")
+        page = report(comparison, draw_all(comparison, new))
+        (new / "report.html").write_text(page, encoding="utf-8")
+        for pattern in FIGURES:
+            for stale in folder.glob(pattern):
+                stale.unlink()
+        for path in new.iterdir():
+            path.replace(folder / path.name)

@@ -19,6 +19,9 @@ from bfpo_pl.comparison.statistics import Mean, mean_over
 from bfpo_pl.comparison.tables import metric_names
 from bfpo_pl.plots import COLOURS, MARKERS
 
+FIGURES = ("front.png", "by_*.png", "margins.png", "training.png")
+"""Names of all figures."""
+
 MOST_COLOURS = 12
 """More groups than this cannot be told apart by colour and marker: the others are drawn grey."""
 

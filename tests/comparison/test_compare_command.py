@@ -205,6 +205,30 @@ def test_the_report_needs_nothing_beside_it_and_runs_nothing(tmp_path, runs):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_comparison_is_written_whole_or_not_at_all(tmp_path, runs, monkeypatch):
+    from bfpo_pl.comparison import command
+
+    compared(tmp_path, runs)
+    out = tmp_path / "out"
+    (out / "by_alpha.png").write_bytes(b"of an earlier comparison")
+    (out / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "report", full)
+        with pytest.raises(SystemExit):
+            compared(tmp_path, runs / "bfpo")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    compared(tmp_path, runs / "bfpo")
+    names = {"front.png", "margins.png", "training.png", "comparison.json", "comparison.csv", "report.html"}
+    assert {path.name for path in out.iterdir()} == names | {"notes.txt"}
+    assert (out / "report.html").read_bytes() != before["report.html"]
+
+
 def test_answers_stand_side_by_side(tmp_path, runs):
     compared(tmp_path, runs)
     page = (tmp_path / "out" / "report.html").read_text()
