@@ -1,6 +1,6 @@
 """Gathers what the sweeps of the ablations found: chosen settings, tables and figures for docs/ablations.md.
 
-    bfpo sweep configs/sweep/sft.yaml configs/sweep/ablation/tune.yaml configs/sweep/ablation/tune_dpo.yaml --workers 2
+    bfpo sweep configs/sweep/sft.yaml configs/sweep/ablation/tune*.yaml --workers 2
     python benchmarks/ablations.py choose      # the best of the grid for each objective, by validation prompts alone
     bfpo sweep configs/sweep/labeling.yaml configs/sweep/ablation/noise.yaml --workers 2
     python benchmarks/ablations.py collect     # benchmarks/results/ablations/ and docs/images/ablations/
@@ -22,14 +22,16 @@ from bfpo_pl.comparison.analysis import WORSE, Comparison
 from bfpo_pl.comparison.command import compare
 from bfpo_pl.comparison.tables import front_text, mean_text
 from bfpo_pl.sweep.results import last_value
-from bfpo_pl.sweep.store import FINISHED, SweepFolder
+from bfpo_pl.sweep.spec import grid, read_spec
+from bfpo_pl.sweep.store import FINISHED, SweepFolder, trial_id
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/ablations"
 IMAGES = ROOT / "docs/images/ablations"
 PAGE = ROOT / "docs/ablations.md"
 BASELINES = {"labeling": "bfpo"}
-TUNED = ("ablation-tune", "ablation-tune_dpo")
+TOGETHER = {"soft_flags": "noise"}
+TUNED = ("ablation-tune", "ablation-tune_dpo", "ablation-tune_trainable")
 VALIDATION = "val/microworld/greedy/"
 FURTHER = [f"test/microworld/{name}" for name in ("greedy/harmful/malformed", "t0.5/helpfulness", "t0.5/harmlessness")]
 HEADS = ["malformed on harm", "helpfulness, T 0.5", "harmlessness, T 0.5"]
@@ -76,11 +78,15 @@ def collect(sweeps: Path) -> None:
         if folder.name == "sft" or folder.name in TUNED or not any(folder.glob("trials/*/trial.json")):
             continue
         target = RESULTS / name
-        comparison = compare([str(folder)], to=str(target), baseline=BASELINES.get(name), metrics=FURTHER)
+        both = [folder, sweeps / f"ablation-{TOGETHER[name]}"] if name in TOGETHER else [folder]
+        comparison = compare(
+            [str(each) for each in both], to=str(target), baseline=BASELINES.get(name), metrics=FURTHER
+        )
         trials = SweepFolder(folder).trials()
-        first = next(run for run in (folder / "trials").glob("*/*/*/environment.json"))
+        environments = [json.loads(file.read_text()) for file in folder.glob("trials/*/*/*/environment.json")]
         record = {
-            "environment": json.loads(first.read_text()),
+            "revisions": sorted({str(each["git"]) for each in environments}),
+            "environment": environments[0],
             "trials": len(trials),
             "seconds": {"mean": mean(trial.seconds for trial in trials), "sum": sum(trial.seconds for trial in trials)},
         }
@@ -89,11 +95,12 @@ def collect(sweeps: Path) -> None:
         (IMAGES / name).mkdir(parents=True, exist_ok=True)
         for figure in target.glob("*.png"):
             shutil.move(figure, IMAGES / name / figure.name)
-        fill(name, table(comparison, [trial.id for trial in trials]))
+        order = [trial_id(values) for each in both for values in grid(read_spec(each / "sweep.yaml"))]
+        fill(name, table(comparison, order))
 
 
 def table(comparison: Comparison, order: list[str]) -> list[str]:
-    """The groups as lines of Markdown, in the order of the sweep's trials."""
+    """The groups as lines of Markdown, in the order of the sweep's grid."""
     assert comparison.pair
     keys = [*comparison.pair, WORSE, *FURTHER]
     rows = sorted(comparison.rows, key=lambda row: min(order.index(run.folder.parts[-3]) for run in row.group.runs))
@@ -106,8 +113,9 @@ def fill(name: str, lines: list[str]) -> None:
     """Puts a table between its marks in the page."""
     start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
     before, found, rest = PAGE.read_text().partition(start)
-    if found:
-        PAGE.write_text(before + start + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
+    if not found:
+        raise SystemExit(f"{PAGE} has no place for the table of {name}: {start}")
+    PAGE.write_text(before + start + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
 
 
 def main() -> None:

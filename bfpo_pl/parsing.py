@@ -208,7 +208,10 @@ class BFPOCLI(LightningCLI):
         own.prog = f"bfpo {self.command}"
         if self.command != args[0]:  # Lightning tells of its own commands alone
             own.description = inspect.cleandoc(self.model_class.__doc__ or "").split("\n\n")[0]
-        self.config = parser.parse_args([args[0], *configs_first(args[1:])])
+        words = [args[0], *configs_first(args[1:])]
+        self.config = parser.parse_args(words)
+        if SWEEP_ID in os.environ and self.config[args[0]].trainer.logger is None:  # the server waits for its metrics
+            self.config = parser.parse_args([*words, "--trainer.logger=WandbLogger"])
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint gives weights and state, and never overrides the command line."""
@@ -383,6 +386,10 @@ def redacted_wandb() -> Iterator[None]:
         yield
     finally:
         wandb.init = start
+
+
+SWEEP_ID = "WANDB_SWEEP_ID"
+"""What `wandb agent` sets for the runs of a sweep."""
 
 
 def _loggers(trainer: Namespace) -> list[Any]:

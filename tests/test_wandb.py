@@ -7,7 +7,15 @@ import struct
 import time
 
 import pytest
+import wandb
 from google.protobuf.message import DecodeError
+
+JUDGED = [
+    *("-c", "configs/logger/wandb_offline.yaml"),
+    "--trainer.val_check_interval=2",
+    "--trainer.callbacks=bfpo_pl.callbacks.microworld.MicroworldEvaluation",
+    "--trainer.callbacks.max_prompts=8",
+]
 
 
 def records(path):
@@ -53,16 +61,8 @@ def flat(items):
 @pytest.fixture
 def offline_run(bfpo, base, small, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
-    arguments = [
-        *("-c", "configs/logger/wandb_offline.yaml"),
-        "--trainer.val_check_interval=2",
-        "--trainer.callbacks=bfpo_pl.callbacks.microworld.MicroworldEvaluation",
-        "--trainer.callbacks.max_prompts=8",
-        "--trainer.logger.tags=[tiny,test]",
-        "--export.artifact=true",
-    ]
     bfpo("fit", *base, "-c", "configs/logger/wandb_offline.yaml", *small)  # must not swallow the run that follows
-    return bfpo("fit", *base, *arguments, *small)
+    return bfpo("fit", *base, *JUDGED, "--trainer.logger.tags=[tiny,test]", "--export.artifact=true", *small)
 
 
 def test_offline_run_holds_config_metrics_and_the_sample_table(offline_run):
@@ -115,6 +115,17 @@ def test_group_job_type_tags_summaries_and_plot(offline_run):
     assert [row[2:] for row in points["data"]] == [["greedy", 2], ["t0.5", 2]]
 
 
+def test_the_plot_of_a_run_that_goes_on_keeps_its_points(bfpo, base, small, offline_run):
+    checkpoint = f"--ckpt_path={offline_run.run_folder / 'checkpoints' / 'last.ckpt'}"
+    later = bfpo("fit", *base, *JUDGED, *small, checkpoint, "--trainer.max_steps=4")
+    file, _ = whole(later.run_folder)
+    tables = sorted(
+        (file.parent / "files").glob("media/table/val/microworld/pareto_table*.json"), key=lambda f: f.stat().st_mtime
+    )
+    points = json.loads(tables[-1].read_text())["data"]
+    assert [row[2:] for row in points] == [["greedy", 2], ["t0.5", 2], ["greedy", 4], ["t0.5", 4]]
+
+
 def test_an_export_is_kept_as_an_artifact_if_asked(offline_run):
     _, read = whole(offline_run.run_folder)
     kept = [record.artifact for record in read if record.WhichOneof("record_type") == "artifact"]
@@ -128,3 +139,17 @@ def test_the_key_is_in_no_file_of_the_run(offline_run):
     for path in offline_run.run_folder.rglob("*"):
         if path.is_file():
             assert b"0123456789abcdef0123456789abcdef01234567" not in path.read_bytes(), path
+
+
+def test_a_run_of_wandbs_agent_logs_to_the_sweep_without_being_told(bfpo, base, small, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    agent = {"SWEEP_ID": "q1w2e3r4", "RUN_ID": "a1b2c3d4", "PROJECT": "ours", "RUN_GROUP": "tau", "MODE": "offline"}
+    for name, value in agent.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # it reads the environment once in a process
+    _, read = whole(bfpo("fit", *base, *small).run_folder)
+    [run] = [record.run for record in read if record.WhichOneof("record_type") == "run"][:1]
+    assert (run.run_id, run.sweep_id, run.project, run.run_group) == ("a1b2c3d4", "q1w2e3r4", "ours", "tau")
+    assert any(record.WhichOneof("record_type") == "history" for record in read)
+    assert not (bfpo("fit", *base, *small, "--trainer.logger=false").run_folder / "wandb").exists()
+    wandb.teardown()

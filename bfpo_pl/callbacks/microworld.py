@@ -57,6 +57,16 @@ class MicroworldEvaluation(Callback):
         self.samples = int(check_range(self, "samples", samples, 0))
         self._points: list[dict[str, Any]] = []
 
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(split=self.split, temperatures=self.temperatures)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": list(self._points)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._points = list(state_dict["points"])
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ResponseModule)
         if not trainer.sanity_checking:
