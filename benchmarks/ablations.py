@@ -68,7 +68,14 @@ def choose(sweeps: Path) -> list[dict[str, Any]]:
         }
         for (objective, setting), pairs in found.items()
     ]
-    return sorted(rows, key=lambda row: (row["objective"], -row["both"], -(row["helpfulness"] + row["harmlessness"])))
+    return sorted(rows, key=_rank)
+
+
+def _rank(row: dict[str, Any]) -> tuple[Any, ...]:
+    """By objective and result; what still ties, by the larger numbers: of tau, the stronger anchor."""
+    numbers = sorted((part.partition("=") for part in row["setting"].split()), reverse=True)  # tau before lr
+    total = row["helpfulness"] + row["harmlessness"]
+    return row["objective"], -row["both"], -total, *(-float(value) for _, _, value in numbers)
 
 
 def collect(sweeps: Path) -> None:
