@@ -162,6 +162,7 @@ def test_a_busy_port_is_named(tmp_path, command):
     assert "Traceback" not in log
 
 
+@pytest.mark.long
 def test_a_busy_port_does_not_keep_the_processes_that_bfpo_started(tmp_path, command):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
@@ -173,6 +174,7 @@ def test_a_busy_port_does_not_keep_the_processes_that_bfpo_started(tmp_path, com
     assert "Processes cannot meet at 127.0.0.1:" in log
 
 
+@pytest.mark.long
 def test_two_machines_of_torchrun_train_as_two_processes_of_one(tmp_path, started, command, only_run):
     """Two agents over the loopback device, each with one process, by the script that docs/scale.md shows."""
     where = {"NODES": "2", "DEVICES": "1", "MEET": f"127.0.0.1:{free_port()}"}
@@ -202,6 +204,7 @@ sys.exit(max(task.wait() for task in tasks))
 """
 
 
+@pytest.mark.long
 def test_slurms_script_is_queued_anew_and_goes_on(tmp_path, started, command, only_run):
     """`srun` and `scontrol` are stand-ins: two "nodes" here with one task each, and a note of what is asked."""
     bin_folder = tmp_path / "bin"
