@@ -116,6 +116,19 @@ def table(comparison: Comparison, order: list[str]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *cells]]
 
 
+def pivot(rows: list[dict[str, Any]]) -> list[str]:
+    """Helpfulness / harmlessness by objective and setting, as lines of Markdown; the best of each objective is bold."""
+    rows = [row | {"setting": row["setting"].replace("beta=", "scale=").replace("tau=", "scale=")} for row in rows]
+    settings = sorted({row["setting"] for row in rows})
+    lines = [["", *(f"`{setting}`" for setting in settings)], ["---"] * (len(settings) + 1)]
+    for objective in dict.fromkeys(row["objective"] for row in rows):
+        own = [row for row in rows if row["objective"] == objective]  # the best first
+        cells = {row["setting"]: f"{row['helpfulness']:.2f} / {row['harmlessness']:.2f}" for row in own}
+        cells[own[0]["setting"]] = f"**{cells[own[0]['setting']]}**"
+        lines.append([objective, *(cells[setting] for setting in settings)])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def fill(name: str, lines: list[str]) -> None:
     """Puts a table between its marks in the page."""
     start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
@@ -138,11 +151,8 @@ def main() -> None:
     rows = choose(sweeps)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "tuned.json").write_text(json.dumps(rows, indent=1) + "\n")
-    lines = ["| objective | setting | the worse | helpfulness | harmlessness |", "| --- | --- | --- | --- | --- |"]
-    for row in rows:
-        figures = " | ".join(f"{row[key]:.3f}" for key in ("both", "helpfulness", "harmlessness"))
-        lines.append(f"| {row['objective']} | {row['setting']} | {figures} |")
-    fill("tune", lines)
+    fill("tune", pivot([row for row in rows if not row["objective"].startswith("trains_")]))
+    fill("tune_trainable", pivot([row for row in rows if row["objective"].startswith("trains_")]))
     for row in rows:
         values = ", ".join(f"{key} {row[key]:.3f}" for key in ("both", "helpfulness", "harmlessness"))
         print(f"{row['objective']:<14}{row['setting']:<24}{values} ({row['seeds']} seeds)")
