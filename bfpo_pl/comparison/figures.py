@@ -203,7 +203,9 @@ def _margins(comparison: Comparison, folder: Path) -> Drawn | None:
 
 def _training(comparison: Comparison, folder: Path) -> Drawn | None:
     pair = comparison.pair or ()
-    keys = {LOSS: "validation loss", **{key.replace("test/", "val/"): key.rpartition("/")[2] for key in pair}}
+    keys = {LOSS: "validation loss", **{_in_training(key): key.rpartition("/")[2] for key in pair}}
+    if any(_in_training(key) != key for key in pair):
+        keys = {key: title if key == LOSS else f"{title} on validation prompts" for key, title in keys.items()}
     keys = {key: title for key, title in keys.items() if any(key in run.series for run in comparison.runs)}
     if not keys:
         return None
@@ -226,6 +228,11 @@ def _training(comparison: Comparison, folder: Path) -> Drawn | None:
         + restriction(comparison)
     )
     return Drawn(path, "Training", caption)
+
+
+def _in_training(key: str) -> str:
+    """The column that follows a metric of held-out prompts during training: that of validation prompts."""
+    return f"val/{key.removeprefix('test/')}" if key.startswith("test/") else key
 
 
 def _over_steps(axes: Axes, row: Row, key: str, own: Style) -> bool:

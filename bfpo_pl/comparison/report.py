@@ -15,7 +15,7 @@ from bfpo_pl.comparison.grouping import short_names
 from bfpo_pl.comparison.pareto import RESAMPLES
 from bfpo_pl.comparison.samples import SideBySide, side_by_side
 from bfpo_pl.comparison.statistics import Difference
-from bfpo_pl.comparison.tables import difference_text, front_text, mean_text, metric_names
+from bfpo_pl.comparison.tables import columns_text, difference_text, front_text, mean_text, metric_names
 from bfpo_pl.redaction import names_secret, redacted_text
 from bfpo_pl.runs import package_version
 
@@ -40,6 +40,7 @@ def report(comparison: Comparison, figures: Sequence[Drawn]) -> str:
     return environment.get_template(TEMPLATE).render(
         comparison=comparison,
         names=metric_names(comparison),
+        columns=columns_text(comparison),
         seeds=_seeds(comparison),
         when=_when(comparison.at),
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -76,7 +77,7 @@ def _keys(comparison: Comparison) -> list[str]:
 
 def _notes(comparison: Comparison) -> list[str]:
     """What a reader should know before believing the figures."""
-    notes = []
+    notes = list(comparison.notes)
     commits = sorted({str((run.environment.get("git") or {}).get("commit"))[:10] for run in comparison.runs})
     if len(commits) > 1:
         notes.append(f"the runs are of {len(commits)} revisions of the code: {', '.join(commits[:6])}.")

@@ -18,12 +18,33 @@ from bfpo_pl.comparison.statistics import LEVEL, Difference, Mean
 from bfpo_pl.redaction import redacted
 
 SCHEMA = 1
+SPLITS = {"test": "held-out", "val": "validation", "train": "training"}
 
 
 def metric_names(comparison: Comparison) -> dict[str, str]:
-    """Metrics by short names; those of one of the decodings and splits need not be told apart."""
-    names = short_names([key for key in comparison.metrics if key != WORSE], "/")
-    return {**names, WORSE: "the worse of both"}
+    """Metrics by short names, which say the split where metrics of several splits are shown."""
+    by_split: dict[str, list[str]] = {}
+    for key in comparison.metrics:
+        if key != WORSE:
+            by_split.setdefault(_split(key), []).append(key)
+    names = {key: name for keys in by_split.values() for key, name in short_names(keys, "/").items()}
+    splits = {key: split for split, keys in by_split.items() for key in keys}
+    if comparison.pair:
+        names[WORSE] = "the worse of both"
+        first, second = (_split(key) for key in comparison.pair)
+        splits[WORSE] = first if first == second else ""
+    if len(by_split) > 1:
+        names = {key: f"{name} ({splits[key]})" if splits[key] else name for key, name in names.items()}
+    return names
+
+
+def columns_text(comparison: Comparison) -> str:
+    """Which column each short name stands for, and of which prompts it is."""
+    names = metric_names(comparison)
+    keys = [key for key in comparison.metrics if key not in (WORSE, names[key])]
+    splits = dict.fromkeys(_split(key) for key in keys if "/microworld/" in key)
+    prompts = [f"{split}/… is on {SPLITS[split]} prompts" for split in splits if split in SPLITS]
+    return "; ".join([*(f"{names[key]} is {key}" for key in keys), *prompts])
 
 
 def mean_text(mean: Mean) -> str:
@@ -83,6 +104,10 @@ def print_table(comparison: Comparison, console: Console | None = None) -> None:
             cells += [difference_text(row.differences.get(key)) for key in comparison.metrics]
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
+    if columns := columns_text(comparison):
+        console.print(Text(f"{columns}."))
+    for note in comparison.notes:
+        console.print(Text(f"Note: {note}"))
     for each in comparison.left_out[:10]:
         console.print(Text(f"Left out: {each.name}: {each.reason}"))
     if len(comparison.left_out) > 10:
@@ -112,6 +137,7 @@ def as_json(comparison: Comparison) -> str:
         "baseline": comparison.baseline,
         "level": LEVEL,
         "groups": groups,
+        "notes": comparison.notes,
         "left_out": [{"name": each.name, "reason": each.reason} for each in comparison.left_out],
     }
     return json.dumps(_finite(content), indent=2, default=str, allow_nan=False) + "\n"
@@ -132,6 +158,12 @@ def as_csv(comparison: Comparison) -> str:
                 line += [delta.n if delta.paired else 0]
             writer.writerow(["" if each is None or each != each else each for each in line + [None] * (13 - len(line))])
     return text.getvalue()
+
+
+def _split(key: str) -> str:
+    """The split that a column is of; empty if its name does not say."""
+    first = key.partition("/")[0]
+    return first if first in SPLITS else ""
 
 
 def _metric(row: Row, key: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from run_folders import config, final, write_run
 from scipy import stats
 
@@ -137,6 +136,38 @@ def test_held_out_prompts_count_if_all_runs_have_them(tmp_path, runs):
     assert compared(tmp_path, tmp_path / "tested", runs)["helpfulness"] == HELPFULNESS
 
 
+def test_the_splits_are_told_apart(tmp_path, runs, capsys):
+    """A pair of held-out prompts beside a metric of validation prompts."""
+    for seed in range(2):
+        rows = [*course(0.9, 0.8), final(0.7, 0.6, split="test")]
+        write_run(tmp_path / "tested" / f"20260102-00000{seed}-0000", config(seed, experiment="tested"), rows)
+    compared(tmp_path, tmp_path / "tested", "--metrics", HELPFULNESS, "test/microworld/greedy/harmlessness")
+    out, page = capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text()
+    heads = re.findall(r"<th>([^<]*)</th>", page[page.index("Results") : page.index("</table>")])
+    words = ["helpfulness (test)", "harmlessness (test)", "the worse of both (test)", "helpfulness (val)"]
+    assert [head for head in heads if "(" in head] == words
+    for text in (" ".join(out.split()), page):
+        assert f"helpfulness (val) is {HELPFULNESS}; test/… is on held-out prompts; val/…" in text
+    compared(tmp_path, tmp_path / "tested")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "helpfulness is test/microworld/greedy/helpfulness" in page
+    assert "(test)" not in page
+
+
+def test_a_run_without_held_out_prompts_is_no_silent_change(tmp_path, runs, capsys):
+    tested = [*course(0.9, 0.9), final(0.4, 0.3, split="test")]
+    write_run(runs / "tested" / "20260102-000000-0000", config(0, experiment="tested"), tested)
+    comparison = compared(tmp_path, runs)
+    assert comparison["helpfulness"] == HELPFULNESS
+    note = (
+        "6 of 7 runs have no test/microworld/greedy/helpfulness or test/microworld/greedy/harmlessness; "
+        "validation prompts are compared."
+    )
+    assert comparison["notes"] == [note, *comparison["notes"][1:]]
+    assert note in " ".join(capsys.readouterr().out.split())
+    assert note in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_metrics_at_the_step_of_anothers_best(tmp_path):
     rows = [final(0.2, 0.9, 100), final(0.8, 0.5, 200), final(0.6, 0.7, 300)]
     write_run(tmp_path / "runs" / "bfpo" / "20260101-000000-0000", config(0), rows)
@@ -164,32 +195,6 @@ def test_what_is_not_finished_is_left_out_and_named(tmp_path, runs, capsys):
     assert "the loss is nan" in page
     assert "4 left out" in page
     assert "the loss is nan" in capsys.readouterr().out
-
-
-def trial(folder, status, run="", error=None, **parameters):
-    folder.mkdir(parents=True)
-    record = {"id": folder.name, "parameters": parameters, "status": status, "error": error, "run": run, "attempts": 1}
-    (folder / "trial.json").write_text(json.dumps(record))
-
-
-def test_a_sweep_is_read_by_its_trials(tmp_path):
-    sweep = tmp_path / "labeling"
-    for place, (alpha, seed) in enumerate((alpha, seed) for alpha in (0.0, 0.5, 1.0) for seed in (0, 1)):
-        own = sweep / "trials" / f"t{place}"
-        run = "runs/bfpo/20260101-000000-0000"
-        trial(own, "finished", run, **{"model.labeling.alpha": alpha, "seed_everything": seed})
-        write_run(own / run, config(seed, alpha=alpha), course(0.9 - alpha / 2, 0.5 + alpha / 2))
-    trial(sweep / "trials" / "t8", "failed", error="Out of memory:\n the machine has no more")
-    trial(sweep / "trials" / "t9", "running")
-    (sweep / "sweep.yaml").write_text(yaml.safe_dump({"method": "grid", "metric": {"name": "val/all/all/loss"}}))
-    main(["compare", str(sweep)])
-    comparison = json.loads((sweep / "report" / "comparison.json").read_text())
-    assert sorted(groups_of(comparison)) == ["alpha=0", "alpha=0.5", "alpha=1"]
-    assert [len(group["runs"]) for group in comparison["groups"]] == [2, 2, 2]
-    assert comparison["groups"][0]["metrics"]["val/all/all/loss"]["n"] == 2  # the sweep's metric is shown, too
-    left_out = {each["name"]: each["reason"] for each in comparison["left_out"]}
-    assert left_out == {"trial t8": "failed: Out of memory: the machine has no more", "trial t9": "running"}
-    assert (sweep / "report" / "by_alpha.png").stat().st_size > 10_000
 
 
 def test_the_report_needs_nothing_beside_it_and_runs_nothing(tmp_path, runs):
