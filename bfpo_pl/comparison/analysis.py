@@ -12,6 +12,7 @@ import numpy as np
 
 from bfpo_pl.comparison.grouping import Group, differing_keys, group_of, group_runs, rename
 from bfpo_pl.comparison.pareto import front_probability, on_front
+from bfpo_pl.comparison.provenance import notes
 from bfpo_pl.comparison.reading import LeftOut, Reading, RunRecord, last_value, step_of_extreme
 from bfpo_pl.comparison.statistics import Difference, Mean, difference, holm, mean_over
 from bfpo_pl.component import UserError
@@ -159,7 +160,7 @@ def analyse(reading: Reading, question: Question) -> Comparison:
     keys = differing_keys(groups)
     return Comparison(
         reading.title, rows, metrics, pair, question.baseline, question.at, keys, left_out + repeats,
-        _fallback(reading.runs, pair, question),
+        _fallback(reading.runs, pair, question) + notes(groups, question.baseline is not None),
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class RunRecord:
         folder: Its folder.
         config: Its resolved config, flat: dotted keys, lists of plain values as they are.
         series: Its metrics by column.
-        environment: Versions, machine and revision.
+        environment: Versions, revision and, of a sweep's trial, the machine (``host``).
         parameters: Keys that a sweep set in it.
     """
 
@@ -203,7 +203,8 @@ def _add_trial(reading: Reading, trial: Path, seen: set[Path], wanted: Callable[
         reading.left_out.append(LeftOut(name, f"its run '{run}' is not there"))
     else:
         seen.add(folder.resolve())
-        _add(reading, folder, None, wanted, frozenset(record.get("parameters") or {}))
+        machine = {"host": record.get("host")}
+        _add(reading, folder, None, wanted, frozenset(record.get("parameters") or {}), machine)
 
 
 def _add(
@@ -212,6 +213,7 @@ def _add(
     reason: str | None,
     wanted: Callable[[str], bool],
     parameters: frozenset[str] = frozenset(),
+    machine: dict[str, Any] | None = None,
 ) -> None:
     name = f"{folder.resolve().parent.name}/{folder.resolve().name}"
     if reason is None and not (folder / METRICS).is_file():
@@ -219,7 +221,7 @@ def _add(
     if reason is not None:
         reading.left_out.append(LeftOut(name, reason))
         return
-    environment = _json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {}
+    environment = {**(_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {}), **(machine or {})}
     series = read_series(folder / METRICS, wanted)
     reading.runs.append(RunRecord(folder.resolve(), _config(folder / CONFIG), series, environment, parameters))
 

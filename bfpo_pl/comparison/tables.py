@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bfpo_pl.comparison.analysis import WORSE, Comparison, Row
 from bfpo_pl.comparison.grouping import short_names
+from bfpo_pl.comparison.provenance import origins, place
 from bfpo_pl.comparison.statistics import LEVEL, Difference, Mean
 from bfpo_pl.redaction import redacted
 
@@ -122,7 +123,7 @@ def as_json(comparison: Comparison) -> str:
             {
                 "label": row.label,
                 "config": redacted({key: row.group.config.get(key) for key in comparison.keys}),
-                "runs": [{"seed": run.seed, "folder": str(run.folder)} for run in row.group.runs],
+                "runs": [{"seed": run.seed, "folder": place(run.folder)} for run in row.group.runs],
                 "metrics": {key: _metric(row, key) for key in comparison.metrics},
                 "on_front": row.on_front,
                 "front_probability": row.front_probability,
@@ -138,6 +139,7 @@ def as_json(comparison: Comparison) -> str:
         "level": LEVEL,
         "groups": groups,
         "notes": comparison.notes,
+        "origins": origins(comparison.runs),
         "left_out": [{"name": each.name, "reason": each.reason} for each in comparison.left_out],
     }
     return json.dumps(_finite(content), indent=2, default=str, allow_nan=False) + "\n"

@@ -197,6 +197,35 @@ def test_what_is_not_finished_is_left_out_and_named(tmp_path, runs, capsys):
     assert "the loss is nan" in capsys.readouterr().out
 
 
+def test_what_runs_come_from_is_kept_and_noted(tmp_path, runs, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    environment = runs / "linear" / "20260101-000000-abcd" / "environment.json"
+    git, packages = {"commit": "fedcba9876543210", "changed": True}, {"torch": "2.13.0", "bfpo_pl": "0.1.0"}
+    environment.write_text(json.dumps({"git": git, "platform": "Linux", "packages": packages}))
+    (runs / "linear" / "20260101-000002-abcd" / "metrics.csv").unlink()
+    comparison = compared(tmp_path, runs)
+    assert comparison["notes"] == [
+        "the runs are of 2 revisions of the code: 0123456789, fedcba9876.",
+        "1 run ran with uncommitted changes of the code.",
+        "the runs used 2 versions of torch: 2.13.0, unknown.",
+        "the groups do not have the same seeds.",
+    ]
+    known, changed = comparison["origins"]
+    assert (known["commit"], known["changed"], known["runs"]) == ("0123456789abcdef", False, 4)
+    assert (changed["commit"], changed["changed"], changed["runs"]) == ("fedcba9876543210", True, 1)
+    assert changed["packages"] == {"bfpo_pl": "0.1.0", "torch": "2.13.0", "lightning": None, "transformers": None}
+    out, page = " ".join(capsys.readouterr().out.split()), (tmp_path / "out" / "report.html").read_text()
+    for note in comparison["notes"]:
+        assert f"Note: {note}" in out
+        assert note in page
+    assert groups_of(comparison)["bfpo"]["runs"][0]["folder"] == "runs/bfpo/20260101-000000-abcd"
+    assert str(tmp_path) not in page
+    monkeypatch.chdir(runs / "linear")
+    folders = [run["folder"] for group in compared(tmp_path, runs)["groups"] for run in group["runs"]]
+    assert str(runs / "bfpo" / "20260101-000000-abcd") in folders  # not below the working directory
+    assert "20260101-000000-abcd" in folders
+
+
 def test_the_report_needs_nothing_beside_it_and_runs_nothing(tmp_path, runs):
     compared(tmp_path, runs, "--baseline", "bfpo")
     page = (tmp_path / "out" / "report.html").read_text()

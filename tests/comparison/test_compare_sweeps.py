@@ -45,5 +45,7 @@ def test_the_minimum_is_shown_once_though_the_sweep_takes_it_on_validation_promp
     own = write_trial(tmp_path / "sweep/trials/t0", run=RUN)
     write_run(own / RUN, config(0), [{**final(0.9, 0.8), BOTH: 0.8}, final(0.7, 0.6, split="test")])
     main(["compare", str(tmp_path / "sweep")])
-    (group,) = json.loads((tmp_path / "sweep/report/comparison.json").read_text())["groups"]
+    comparison = json.loads((tmp_path / "sweep/report/comparison.json").read_text())
+    (group,) = comparison["groups"]
+    assert [origin["host"] for origin in comparison["origins"]] == ["machine"]
     assert list(group["metrics"]) == [*HELD_OUT, "min(helpfulness, harmlessness)"]
