@@ -274,6 +274,17 @@ def test_answers_stand_side_by_side(tmp_path, runs):
     assert not any(text.endswith(" 200") for text in details)  # of the last evaluation
 
 
+def test_answers_of_another_seed_or_decoding_say_so(tmp_path, runs):
+    sampled = [row for row in samples("other") if row["decoding"] == "t0.5"]
+    other = config(7, "SafetyOnly", "safety_only")
+    write_run(runs / "safety_only" / "20260101-000000-0000", other, course(0.1, 1.0), sampled)
+    compared(tmp_path, runs)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The same prompts, seed 0, decoding greedy, last evaluation." in page
+    who = {" ".join(re.sub("<[^>]*>", "", each).split()) for each in re.findall(r'<div class="who">(.*?)</div>', page)}
+    assert who == {"bfpo", "linear", "safety_only seed 7, decoding t0.5"}
+
+
 def test_without_judged_answers_losses_are_compared(tmp_path):
     for seed in range(2):
         rows = [{"step": 5, "val/all/all/loss": 1.0 + seed}]
