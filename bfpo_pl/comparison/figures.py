@@ -196,7 +196,8 @@ def _margins(comparison: Comparison, folder: Path) -> Drawn | None:
     figure.savefig(path)
     caption = (
         "Reward of the chosen minus that of the rejected response in training batches, mean and 95 % interval over "
-        "seeds. Above 0 the model prefers the more helpful response." + restriction(comparison)
+        "seeds. Above 0 the model prefers the more helpful response. Pairs are sorted by the flags that training saw: "
+        "where flags are noisy, wrong ones among them." + restriction(comparison)
     )
     return Drawn(path, "Reward margins by safety of the pair", caption)
 

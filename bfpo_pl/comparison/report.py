@@ -92,8 +92,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _difference_parts(difference: Difference | None) -> tuple[str, str]:
-    value, _, rest = difference_text(difference).partition(",")
+def _difference_parts(difference: Difference | None, seeds: int) -> tuple[str, str]:
+    value, _, rest = difference_text(difference, seeds).partition(",")
     return value, rest.strip()
 
 

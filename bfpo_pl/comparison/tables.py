@@ -48,21 +48,31 @@ def columns_text(comparison: Comparison) -> str:
     return "; ".join([*(f"{names[key]} is {key}" for key in keys), *prompts])
 
 
-def mean_text(mean: Mean) -> str:
-    """A mean with its interval, such as ``0.912 ± 0.013``; without one it says that there was one run."""
+def mean_text(mean: Mean, runs: int | None = None) -> str:
+    """A mean with its interval, such as ``0.912 ± 0.013``; it says of how many values if not of one for each run.
+
+    Args:
+        mean: The mean.
+        runs: Runs of the group.
+    """
     if mean.n == 0:
         return "–"
-    if mean.half_width is None:
-        return f"{_number(mean.mean)} (n=1)"
-    return f"{_number(mean.mean)} ± {_number(mean.half_width)}"
+    text = _number(mean.mean) + ("" if mean.half_width is None else f" ± {_number(mean.half_width)}")
+    return text + _of(mean.n, mean.half_width, runs)
 
 
-def difference_text(difference: Difference | None) -> str:
-    """A difference with its interval and p-value, and whether it is not of pairs of runs."""
+def difference_text(difference: Difference | None, seeds: int | None = None) -> str:
+    """A difference with its interval and p-value, and whether it is not of pairs of runs.
+
+    Args:
+        difference: The difference.
+        seeds: Number of pairs that are told elsewhere; if it is of another number, it says so.
+    """
     if difference is None or math.isnan(difference.mean):
         return "–"
     text = ("+" if difference.mean >= 0 else "−") + _number(abs(difference.mean))
-    text += " (n=1)" if difference.half_width is None else f" ± {_number(difference.half_width)}"
+    text += "" if difference.half_width is None else f" ± {_number(difference.half_width)}"
+    text += _of(difference.n, difference.half_width, seeds if difference.paired else None)
     if difference.p_holm is not None:
         text += f", p {'< 0.001' if difference.p_holm < 0.001 else f'{difference.p_holm:.3f}'}"
     return text if difference.paired else f"{text}, unpaired"
@@ -96,13 +106,14 @@ def print_table(comparison: Comparison, console: Console | None = None) -> None:
     for key in comparison.metrics if comparison.baseline else []:
         table.add_column(Text(f"Δ {names[key]}"), justify="right")
     for row in comparison.rows:
-        cells = [row.label, str(len(row.group.replicates)), *(mean_text(row.means[key]) for key in comparison.metrics)]
+        runs = len(row.group.replicates)
+        cells = [row.label, str(runs), *(mean_text(row.means[key], runs) for key in comparison.metrics)]
         if comparison.pair:
             cells.append(front_text(row))
         if row.label == comparison.baseline:
             cells += ["baseline", *[""] * (len(comparison.metrics) - 1)]
         elif comparison.baseline:
-            cells += [difference_text(row.differences.get(key)) for key in comparison.metrics]
+            cells += [difference_text(row.differences.get(key), runs) for key in comparison.metrics]
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
     if columns := columns_text(comparison):
@@ -160,6 +171,12 @@ def as_csv(comparison: Comparison) -> str:
                 line += [delta.n if delta.paired else 0]
             writer.writerow(["" if each is None or each != each else each for each in line + [None] * (13 - len(line))])
     return text.getvalue()
+
+
+def _of(n: int, half_width: float | None, expected: int | None) -> str:
+    if half_width is None:
+        return " (n=1)"
+    return "" if expected in (None, n) else f" (n={n})"
 
 
 def _split(key: str) -> str:

@@ -235,6 +235,7 @@ def test_the_report_needs_nothing_beside_it_and_runs_nothing(tmp_path, runs):
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quoted&#34;" in page
     assert "default-src 'none'" in page
+    assert "sorted by the flags that training saw: where flags are noisy, wrong ones among them" in page
     for name in ("front.png", "margins.png", "training.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -283,6 +284,21 @@ def test_answers_of_another_seed_or_decoding_say_so(tmp_path, runs):
     assert "The same prompts, seed 0, decoding greedy, last evaluation." in page
     who = {" ".join(re.sub("<[^>]*>", "", each).split()) for each in re.findall(r'<div class="who">(.*?)</div>', page)}
     assert who == {"bfpo", "linear", "safety_only seed 7, decoding t0.5"}
+
+
+def test_metrics_that_some_runs_lack_say_of_how_many_they_are(tmp_path, runs, capsys):
+    for group, values in (("linear", (0.2, 0.4)), ("bfpo", (0.5, 0.5, 0.5))):
+        for seed, value in enumerate(values):
+            file = runs / group / f"20260101-00000{seed}-abcd" / "metrics.csv"
+            head, *lines = file.read_text().splitlines()
+            file.write_text("\n".join([f"{head},extra", *(f"{line},{value}" for line in lines)]) + "\n")
+    compared(tmp_path, runs, "--metrics", "extra", "--baseline", "bfpo")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "0.300 ± 1.271 (n=2)" in page
+    assert "−0.200 ± 1.271 (n=2)" in page
+    assert "0.500 ± 0.000<" in page
+    assert "(n=3)" not in page
+    assert capsys.readouterr().out.count("(n=2)") == 2  # the mean and the difference
 
 
 def test_without_judged_answers_losses_are_compared(tmp_path):
