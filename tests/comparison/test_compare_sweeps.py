@@ -4,48 +4,88 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import yaml
 from run_folders import config, final, write_run, write_trial
 
 from bfpo_pl.cli import main
+from bfpo_pl.sweep.store import trial_id
 
 HELD_OUT = ["test/microworld/greedy/helpfulness", "test/microworld/greedy/harmlessness"]
 BOTH = "val/microworld/greedy/both"
 RUN = "bfpo/20260101-000000-0000"
+ALPHA, SEED = "model.labeling.alpha", "seed_everything"
 
 
-def write_sweep(folder, **said):
-    (folder / "trials").mkdir(parents=True)
-    (folder / "sweep.yaml").write_text(yaml.safe_dump({"method": "grid", "metric": {"name": BOTH}, **said}))
+def write_sweep(folder, metric=BOTH, **values):
+    """The sweep's file; returns where the trial with some of the values lies."""
+    (folder / "trials").mkdir(parents=True, exist_ok=True)
+    parameters = {key: {"values": each} for key, each in values.items()}
+    said = {"method": "grid", "metric": {"name": metric, "goal": "maximize"}, "parameters": parameters}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({**said, "command": ["bfpo", "fit", "${args}"]}))
+    return lambda **own: folder / "trials" / trial_id(own)
+
+
+def finish(trial, rows, run=RUN, seed=0, parameters=(ALPHA, SEED), **settings):
+    write_trial(trial, run=run, **dict.fromkeys(parameters))
+    write_run(trial / run, config(seed, **settings), rows)
+
+
+def written(folder):
+    return json.loads((folder / "comparison.json").read_text())
 
 
 def test_a_sweep_is_read_by_its_trials(tmp_path):
     sweep = tmp_path / "labeling"
-    for place, (alpha, seed) in enumerate((alpha, seed) for alpha in (0.0, 0.5, 1.0) for seed in (0, 1)):
-        own = sweep / "trials" / f"t{place}"
-        run = "runs/bfpo/20260101-000000-0000"
-        write_trial(own, "finished", run, **{"model.labeling.alpha": alpha, "seed_everything": seed})
-        write_run(own / run, config(seed, alpha=alpha), [final(0.9 - alpha / 2, 0.5 + alpha / 2)])
-    write_trial(sweep / "trials" / "t8", "failed", error="Out of memory:\n the machine has no more")
-    write_trial(sweep / "trials" / "t9", "running")
-    (sweep / "sweep.yaml").write_text(yaml.safe_dump({"method": "grid", "metric": {"name": "val/all/all/loss"}}))
+    trial = write_sweep(sweep, "val/all/all/loss", **{ALPHA: [0.0, 0.5, 1.0], SEED: [0, 1, 2]})
+    for alpha in (0.0, 0.5, 1.0):
+        for seed in (0, 1):
+            rows = [final(0.9 - alpha / 2, 0.5 + alpha / 2)]
+            finish(trial(**{ALPHA: alpha, SEED: seed}), rows, seed=seed, alpha=alpha)
+    failed, running = (trial(**{ALPHA: alpha, SEED: 2}) for alpha in (0.0, 0.5))
+    write_trial(failed, "failed", error="Out of memory:\n the machine has no more")
+    write_trial(running, "running")
     main(["compare", str(sweep)])
-    comparison = json.loads((sweep / "report" / "comparison.json").read_text())
+    comparison = written(sweep / "report")
     assert sorted(group["label"] for group in comparison["groups"]) == ["alpha=0", "alpha=0.5", "alpha=1"]
     assert [len(group["runs"]) for group in comparison["groups"]] == [2, 2, 2]
     assert comparison["groups"][0]["metrics"]["val/all/all/loss"]["n"] == 2  # the sweep's metric is shown, too
-    left_out = {each["name"]: each["reason"] for each in comparison["left_out"]}
-    assert left_out == {"trial t8": "failed: Out of memory: the machine has no more", "trial t9": "running"}
+    assert {each["name"]: each["reason"] for each in comparison["left_out"]} == {
+        f"trial {failed.name}": "failed: Out of memory: the machine has no more",
+        f"trial {running.name}": "running",
+    }
     assert (sweep / "report" / "by_alpha.png").stat().st_size > 10_000
 
 
 def test_the_minimum_is_shown_once_though_the_sweep_takes_it_on_validation_prompts(tmp_path):
     """As in the ablations: judged on held-out prompts at the end, tuned by the validation prompts' minimum."""
-    write_sweep(tmp_path / "sweep")
-    own = write_trial(tmp_path / "sweep/trials/t0", run=RUN)
-    write_run(own / RUN, config(0), [{**final(0.9, 0.8), BOTH: 0.8}, final(0.7, 0.6, split="test")])
+    trial = write_sweep(tmp_path / "sweep", **{SEED: [0]})
+    finish(trial(**{SEED: 0}), [{**final(0.9, 0.8), BOTH: 0.8}, final(0.7, 0.6, split="test")])
     main(["compare", str(tmp_path / "sweep")])
-    comparison = json.loads((tmp_path / "sweep/report/comparison.json").read_text())
+    comparison = written(tmp_path / "sweep" / "report")
     (group,) = comparison["groups"]
     assert [origin["host"] for origin in comparison["origins"]] == ["machine"]
     assert list(group["metrics"]) == [*HELD_OUT, "min(helpfulness, harmlessness)"]
+
+
+def test_trials_whose_values_left_the_file_are_left_out(tmp_path):
+    """As in the sweep's own table."""
+    sweep = tmp_path / "sweep"
+    trial = write_sweep(sweep, **{ALPHA: [0.0, 0.5]})
+    for alpha in (0.0, 0.5):
+        finish(trial(**{ALPHA: alpha}), [final(0.9, 0.8)], alpha=alpha)
+    write_sweep(sweep, **{ALPHA: [0.5, 1.0]})
+    main(["compare", str(sweep)])
+    comparison = written(sweep / "report")
+    assert [group["runs"][0]["folder"] for group in comparison["groups"]] == [str(trial(**{ALPHA: 0.5}) / RUN)]
+    gone = {"name": f"trial {trial(**{ALPHA: 0.0}).name}", "reason": "its values are no longer in the sweep file"}
+    assert comparison["left_out"] == [gone]
+
+
+def test_programs_leave_nothing_to_compare(tmp_path, capsys):
+    trial = write_sweep(tmp_path / "sweep", **{SEED: [0]})(**{SEED: 0})
+    write_trial(trial)
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "sweep")])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"trial {trial.name}: it left no run; programs other than bfpo fit leave none to compare" in said
