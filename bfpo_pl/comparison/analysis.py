@@ -130,8 +130,9 @@ def analyse(reading: Reading, question: Question) -> Comparison:
     """
     pair = _pair(reading.runs, question)
     metrics = [*(pair or ()), *question.metrics]
-    if not question.metrics and reading.metric and any(reading.metric in run.series for run in reading.runs):
-        metrics += [] if pair and _is_worse_of(pair, reading.metric) else [reading.metric]
+    for metric in () if question.metrics else reading.metrics:
+        if any(metric in run.series for run in reading.runs) and not (pair and _is_worse_of(pair, metric)):
+            metrics.append(metric)
     metrics = list(dict.fromkeys(metrics or [LOSS]))
     _check_columns(reading.runs, [*metrics, *filter(None, [question.at.partition(":")[2]])])
     left_out, values = list(reading.left_out), {}

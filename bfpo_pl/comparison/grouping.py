@@ -218,12 +218,22 @@ def _forms(run: RunRecord) -> dict[str, set[str]]:
 def _labels(groups: Sequence[Group], keys: Sequence[str], parameters: frozenset[str]) -> list[str]:
     if len(groups) == 1:
         return [groups[0].config["experiment"]]
-    telling = _telling(groups, keys, parameters)
+    telling = telling_keys(groups, keys, parameters)
     experiments = [group.config["experiment"] for group in groups]
     if len(set(experiments)) == len(groups) and not any(_is_number(group, key) for key in telling for group in groups):
         return experiments
-    names = short_names(telling)
-    labels = [_label(group, telling, names, groups) for group in groups]
+    return [label or group.config["experiment"] for label, group in zip(settings(groups, telling), groups, strict=True)]
+
+
+def settings(groups: Sequence[Group], keys: Sequence[str]) -> list[str]:
+    """Groups by their values of some keys, such as ``labeling=BFPO alpha=0.5``; not what a class implies.
+
+    Args:
+        groups: The groups.
+        keys: What tells them apart.
+    """
+    names = short_names(keys)
+    labels = [_label(group, keys, names, groups) for group in groups]
     return [f"{label} ({labels[:place].count(label) + 1})" if labels.count(label) > 1 else label
             for place, label in enumerate(labels)]  # fmt: skip
 
@@ -233,8 +243,14 @@ def _is_number(group: Group, key: str) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _telling(groups: Sequence[Group], keys: Sequence[str], parameters: frozenset[str]) -> list[str]:
-    """The keys that a label needs: the sweep's and the method's first, without those that tell nothing more."""
+def telling_keys(groups: Sequence[Group], keys: Sequence[str], parameters: frozenset[str]) -> list[str]:
+    """The keys that labels need: the method's and the sweep's first, without those that tell nothing more.
+
+    Args:
+        groups: The groups.
+        keys: What differs in their configs.
+        parameters: Keys that a sweep set.
+    """
 
     def rank(key: str) -> tuple[int, int]:
         in_sweep = any(key == name or key.replace(".init_args", "") == name for name in parameters)
@@ -257,7 +273,7 @@ def _label(group: Group, keys: Sequence[str], names: dict[str, str], groups: Seq
         if key not in group.config or (key != "experiment" and _same_among_kin(group, key, groups)):
             continue
         parts.append(group.shown(key) if key == "experiment" else f"{names[key]}={group.shown(key)}")
-    return " ".join(parts) or group.config["experiment"]
+    return " ".join(parts)
 
 
 def _same_among_kin(group: Group, key: str, groups: Sequence[Group]) -> bool:

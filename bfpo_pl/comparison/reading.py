@@ -99,14 +99,14 @@ class Reading:
         title: What the comparison is of.
         runs: The finished runs.
         left_out: The others.
-        metric: What the sweep optimises, if one was named.
+        metrics: What the sweeps optimise, if some were named.
         sweep: The sweep's folder, if one was named and nothing else.
     """
 
     title: str
     runs: list[RunRecord] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
-    metric: str | None = None
+    metrics: list[str] = field(default_factory=list)
     sweep: Path | None = None
 
 
@@ -189,20 +189,22 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
 
 def _add_sweep(reading: Reading, folder: Path, seen: set[Path], wanted: Callable[[str], bool]) -> None:
     spec = read_spec(folder / SWEEP)
-    reading.metric = reading.metric or spec.metric
+    reading.metrics += [spec.metric] if spec.metric and spec.metric not in reading.metrics else []
     combinations = {trial_id(parameters) for parameters in grid(spec)} if spec.method == "grid" else None
     for trial in sorted((folder / TRIALS).iterdir()):
         if combinations is None or trial.name in combinations:
             _add_trial(reading, trial, seen, wanted)
         elif (trial / TRIAL).is_file():
-            reading.left_out.append(LeftOut(f"trial {trial.name}", "its values are no longer in the sweep file"))
+            reading.left_out.append(
+                LeftOut(f"trial {trial.name} of {folder.name}", "its values are no longer in the sweep file")
+            )
 
 
 def _add_trial(reading: Reading, trial: Path, seen: set[Path], wanted: Callable[[str], bool]) -> None:
     if not (trial / TRIAL).is_file():
         return
     record = _json(trial / TRIAL)
-    name = f"trial {record.get('id', trial.name)}"
+    name = f"trial {record.get('id', trial.name)} of {trial.parent.parent.name}"
     status, run = record.get("status"), record.get("run")
     folder = trial / run if run else None
     if folder is not None and folder.resolve() in seen:
