@@ -36,6 +36,8 @@ _GREY = "#8a8a8a"
 _LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 _LEAST_SPAN = 0.1  # of shares; smaller differences are not worth a whole axis
 _FAINT = "#b5b5b5"
+_CHARACTERS = 126  # of a legend's row
+_LEGEND_ROW = 0.19  # inches
 _FEW = 6  # bands of more lines than this are fainter
 
 
@@ -321,6 +323,7 @@ def _finish(figure: Figure, panels: Sequence[Axes], handles: Sequence[Line2D]) -
         axes.tick_params(labelsize=9)
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
-        rows = math.ceil(len(handles) / max(1, min(5, 110 // (longest + 6))))
+        rows = math.ceil(len(handles) / max(1, min(5, _CHARACTERS // (longest + 6))))
         columns = math.ceil(len(handles) / rows)
+        figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, rows - 2))  # or it takes the panels' room
         figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
