@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from bfpo_pl.comparison.grouping import Group, differing_keys, group_of, group_runs, rename
 from bfpo_pl.comparison.pareto import front_probability, on_front
+from bfpo_pl.comparison.provenance import notes
 from bfpo_pl.comparison.reading import LeftOut, Reading, RunRecord, last_value, step_of_extreme
 from bfpo_pl.comparison.statistics import Difference, Mean, difference, holm, mean_over
 from bfpo_pl.component import UserError
@@ -98,6 +100,7 @@ class Comparison:
         at: When metrics were taken.
         keys: What differs between the groups' configs.
         left_out: Runs and trials that are not in it.
+        notes: What a reader should know before believing the figures.
     """
 
     title: str
@@ -108,6 +111,7 @@ class Comparison:
     at: str
     keys: list[str]
     left_out: list[LeftOut]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def runs(self) -> list[RunRecord]:
@@ -126,9 +130,9 @@ def analyse(reading: Reading, question: Question) -> Comparison:
     """
     pair = _pair(reading.runs, question)
     metrics = [*(pair or ()), *question.metrics]
-    if not question.metrics and reading.metric and any(reading.metric in run.series for run in reading.runs):
-        worse = f"{pair[0].rpartition('/')[0]}/both" if pair else None  # the minimum, which is shown anyhow
-        metrics += [] if reading.metric == worse else [reading.metric]
+    for metric in () if question.metrics else reading.metrics:
+        if any(metric in run.series for run in reading.runs) and not (pair and _is_worse_of(pair, metric)):
+            metrics.append(metric)
     metrics = list(dict.fromkeys(metrics or [LOSS]))
     _check_columns(reading.runs, [*metrics, *filter(None, [question.at.partition(":")[2]])])
     left_out, values = list(reading.left_out), {}
@@ -156,7 +160,8 @@ def analyse(reading: Reading, question: Question) -> Comparison:
         rows.sort(key=lambda row: -row.means[WORSE].mean)
     keys = differing_keys(groups)
     return Comparison(
-        reading.title, rows, metrics, pair, question.baseline, question.at, keys, left_out + repeats
+        reading.title, rows, metrics, pair, question.baseline, question.at, keys, left_out + repeats,
+        _fallback(reading.runs, pair, question) + notes(groups, question.baseline is not None),
     )  # fmt: skip
 
 
@@ -167,6 +172,22 @@ def _pair(runs: Sequence[RunRecord], question: Question) -> tuple[str, str] | No
     if all(column in run.series for run in runs for column in held_out):
         return held_out
     return validation if any(column in run.series for run in runs for column in validation) else None
+
+
+def _fallback(runs: Sequence[RunRecord], pair: tuple[str, str] | None, question: Question) -> list[str]:
+    """Says that validation prompts are compared although some runs were judged on held-out ones."""
+    held_out, validation = _PAIRS
+    lacking = sum(not all(column in run.series for column in held_out) for run in runs)
+    if question.helpfulness or pair != validation or lacking == len(runs):
+        return []
+    have = "has" if lacking == 1 else "have"
+    return [f"{lacking} of {len(runs)} runs {have} no {' or '.join(held_out)}; validation prompts are compared."]
+
+
+def _is_worse_of(pair: tuple[str, str], metric: str) -> bool:
+    """Whether a metric is the microworld's minimum of the pair, which is shown anyhow, on prompts of any split."""
+    own = {re.sub("^(test|val)/", "", column.rpartition("/")[0]) for column in pair}
+    return metric.endswith("/both") and own == {re.sub("^(test|val)/", "", metric.removesuffix("/both"))}
 
 
 def _check_columns(runs: Sequence[RunRecord], columns: Iterable[str]) -> None:

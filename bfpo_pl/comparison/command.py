@@ -37,8 +37,8 @@ def compare(
     and named.
 
     Args:
-        runs: Folders of runs, of experiments (all runs below) or of a sweep.
-        to: Folder to write to. Default: report/ in the sweep's folder, else runs/compare/<time>-<id>.
+        runs: Folders of runs, of experiments (all runs below) or of sweeps; several are compared as one.
+        to: Folder to write to. Default: report/ in the folder of a single sweep, else runs/compare/<time>-<id>.
         baseline: Label of the group that the others are compared with, over the seeds that both have.
         names: Other labels, each as LABEL=NEW.
         helpfulness: Column of metrics.csv. Default: test/microworld/greedy/helpfulness if all runs have it, else val/….

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from bfpo_pl.comparison.analysis import Comparison, Row
-from bfpo_pl.comparison.grouping import Group, short_names
+from bfpo_pl.comparison.grouping import Group, settings, short_names, telling_keys
 
 _DECADE = 10.0
 
@@ -29,36 +29,35 @@ class Curves:
 
 
 def one_parameter_curves(comparison: Comparison) -> list[Curves]:
-    """The curves that a comparison has: for each key with different numbers, lines of at least three groups.
+    """The curves that a comparison has: for each key with different numbers, lines of groups that differ in it alone.
 
-    Where only one key differs, two groups make a line.
+    One line has at least three numbers; shorter ones of two are drawn beside it. Where only one key differs, two are
+    enough.
 
     Args:
         comparison: The groups.
     """
     found = []
     names = short_names(comparison.keys)
+    parameters = frozenset().union(*(run.parameters for run in comparison.runs))
     for key in comparison.keys:
         rows = [row for row in comparison.rows if _number(row.group, key) is not None]
         others = [each for each in comparison.keys if each not in (key, "experiment")]
         lines: dict[str, list[Row]] = {}
         for row in rows:
-            setting = json.dumps([row.group.config.get(each, "–") for each in others], default=str)
-            lines.setdefault(setting, []).append(row)
+            rest = json.dumps([row.group.config.get(each, "–") for each in others], default=str)
+            lines.setdefault(rest, []).append(row)
         least = 2 if others == [] else 3
-        kept = [line for line in lines.values() if len({_number(row.group, key) for row in line}) >= least]
-        if not kept:
+        lengths = {rest: len({_number(row.group, key) for row in line}) for rest, line in lines.items()}
+        if max(lengths.values(), default=0) < least:
             continue
-        told = [each for each in others if len({line[0].group.shown(each) for line in kept}) > 1]
+        kept = [line for rest, line in lines.items() if lengths[rest] > 1]
+        told = telling_keys([line[0].group for line in kept], others, parameters)
         kept.sort(key=lambda line: [_order(line[0].group, each) for each in told])
         labelled: dict[str, list[tuple[float, Row]]] = {}
-        for line in kept:
-            group = line[0].group
-            label = " ".join(f"{names[each]}={group.shown(each)}" for each in told if each in group.config)
+        for label, line in zip(settings([line[0].group for line in kept], told), kept, strict=True):
             points = [(_number(row.group, key) or 0.0, row) for row in line]
-            labelled[label if label not in labelled else f"{label} ({len(labelled) + 1})"] = sorted(
-                points, key=lambda point: point[0]
-            )
+            labelled[label] = sorted(points, key=lambda point: point[0])
         numbers = [x for points in labelled.values() for x, _ in points]
         logarithmic = min(numbers) > 0 and max(numbers) > _DECADE * min(numbers)
         found.append(Curves(key, names[key], labelled, logarithmic))

@@ -36,6 +36,8 @@ _GREY = "#8a8a8a"
 _LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 _LEAST_SPAN = 0.1  # of shares; smaller differences are not worth a whole axis
 _FAINT = "#b5b5b5"
+_CHARACTERS = 126  # of a legend's row
+_LEGEND_ROW = 0.19  # inches
 _FEW = 6  # bands of more lines than this are fainter
 
 
@@ -196,14 +198,17 @@ def _margins(comparison: Comparison, folder: Path) -> Drawn | None:
     figure.savefig(path)
     caption = (
         "Reward of the chosen minus that of the rejected response in training batches, mean and 95 % interval over "
-        "seeds. Above 0 the model prefers the more helpful response." + restriction(comparison)
+        "seeds. Above 0 the model prefers the more helpful response. Pairs are sorted by the flags that training saw: "
+        "where flags are noisy, wrong ones among them." + restriction(comparison)
     )
     return Drawn(path, "Reward margins by safety of the pair", caption)
 
 
 def _training(comparison: Comparison, folder: Path) -> Drawn | None:
     pair = comparison.pair or ()
-    keys = {LOSS: "validation loss", **{key.replace("test/", "val/"): key.rpartition("/")[2] for key in pair}}
+    keys = {LOSS: "validation loss", **{_in_training(key): key.rpartition("/")[2] for key in pair}}
+    if any(_in_training(key) != key for key in pair):
+        keys = {key: title if key == LOSS else f"{title} on validation prompts" for key, title in keys.items()}
     keys = {key: title for key, title in keys.items() if any(key in run.series for run in comparison.runs)}
     if not keys:
         return None
@@ -226,6 +231,11 @@ def _training(comparison: Comparison, folder: Path) -> Drawn | None:
         + restriction(comparison)
     )
     return Drawn(path, "Training", caption)
+
+
+def _in_training(key: str) -> str:
+    """The column that follows a metric of held-out prompts during training: that of validation prompts."""
+    return f"val/{key.removeprefix('test/')}" if key.startswith("test/") else key
 
 
 def _over_steps(axes: Axes, row: Row, key: str, own: Style) -> bool:
@@ -313,6 +323,7 @@ def _finish(figure: Figure, panels: Sequence[Axes], handles: Sequence[Line2D]) -
         axes.tick_params(labelsize=9)
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
-        rows = math.ceil(len(handles) / max(1, min(5, 110 // (longest + 6))))
+        rows = math.ceil(len(handles) / max(1, min(5, _CHARACTERS // (longest + 6))))
         columns = math.ceil(len(handles) / rows)
+        figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, rows - 2))  # or it takes the panels' room
         figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, fontsize=9, frameon=False)

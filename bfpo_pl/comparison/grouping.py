@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ _NOT_WHAT = re.compile(  # where a run writes and what it shows, not what it com
 )
 _FIRST = ("model.labeling.class_path", "model.loss.class_path", "model.auxiliary.class_path")
 _LONGEST_VALUE = 32
+_SEEDED = "{seed}"
+"""Stands for the run's seed, as in configs."""
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Group:
     """Replicates of one config.
 
     Args:
-        config: Its config, flat, without seeds and places.
+        config: Its config, flat, without seeds and places; ``{seed}`` stands for the run's seed where paths have it.
         replicates: Its runs by seed, or by name where a run drew its own seed.
         label: How it differs from the other groups, in short.
     """
@@ -58,9 +61,10 @@ def group_runs(runs: Sequence[RunRecord]) -> tuple[list[Group], list[LeftOut]]:
     raw: dict[str, list[RunRecord]] = {}
     for run in runs:
         raw.setdefault(json.dumps(_identity(run), sort_keys=True, default=str), []).append(run)
+    joined = _joined_over_seeds(list(raw.values()))
     groups, left_out = [], []
-    for members in _joined_over_seeds(list(raw.values())):
-        group = Group(_identity(members[0]))
+    for config, (members, _) in zip(_configs(joined), joined, strict=True):
+        group = Group(config)
         for run in sorted(members, key=lambda run: (_order(run.seed), run.folder.name)):
             key: Hashable = run.name if run.seed is None else run.seed
             if key in group.replicates:
@@ -154,8 +158,12 @@ def _order(seed: int | None) -> tuple[bool, int]:
     return seed is None, seed or 0
 
 
-def _joined_over_seeds(raw: list[list[RunRecord]]) -> list[list[RunRecord]]:
-    """Joins groups of one seed each whose paths differ by the seed in them, such as ``models/sft-0`` and ``-1``."""
+def _joined_over_seeds(raw: list[list[RunRecord]]) -> list[tuple[list[RunRecord], dict[str, set[str]]]]:
+    """Joins groups of one seed each whose paths differ by the seed in them, such as ``models/sft-0`` and ``-1``.
+
+    Returns:
+        For each group its runs, and the forms of values that all of them share; none if it was not to be joined.
+    """
     joined: list[tuple[list[RunRecord], dict[str, set[str]]]] = []
     for members in raw:
         seeds = {run.seed for run in members}
@@ -174,7 +182,20 @@ def _joined_over_seeds(raw: list[list[RunRecord]]) -> list[list[RunRecord]]:
                 joined.append((list(members), forms))
         else:
             joined.append((list(members), {}))
-    return [members for members, _ in joined]
+    return joined
+
+
+def _configs(joined: list[tuple[list[RunRecord], dict[str, set[str]]]]) -> list[dict[str, Any]]:
+    """The groups' configs: of the forms that a value has in all runs of a group, the one that most groups share."""
+    configs = [_identity(members[0]) for members, _ in joined]
+    keys = {key for _, forms in joined for key, own in forms.items() if len(own) > 1 or _SEEDED in next(iter(own))}
+    for key in keys:
+        having = [(config, forms) for config, (_, forms) in zip(configs, joined, strict=True) if key in config]
+        ways = [forms.get(key) or {json.dumps(config[key], default=str)} for config, forms in having]
+        shared = Counter(form for own in ways for form in own)
+        for (config, _), own in zip(having, ways, strict=True):
+            config[key] = json.loads(min(own, key=lambda form: (-shared[form], form.count(_SEEDED), form)))
+    return configs
 
 
 def _forms(run: RunRecord) -> dict[str, set[str]]:
@@ -189,7 +210,7 @@ def _forms(run: RunRecord) -> dict[str, set[str]]:
             for chosen in itertools.product((False, True), repeat=len(spans)):
                 form = text
                 for (start, end), left_out in reversed(list(zip(spans, chosen, strict=True))):
-                    form = f"{form[:start]}<seed>{form[end:]}" if left_out else form
+                    form = f"{form[:start]}{_SEEDED}{form[end:]}" if left_out else form
                 forms[key].add(form)
     return forms
 
@@ -197,12 +218,22 @@ def _forms(run: RunRecord) -> dict[str, set[str]]:
 def _labels(groups: Sequence[Group], keys: Sequence[str], parameters: frozenset[str]) -> list[str]:
     if len(groups) == 1:
         return [groups[0].config["experiment"]]
-    telling = _telling(groups, keys, parameters)
+    telling = telling_keys(groups, keys, parameters)
     experiments = [group.config["experiment"] for group in groups]
     if len(set(experiments)) == len(groups) and not any(_is_number(group, key) for key in telling for group in groups):
         return experiments
-    names = short_names(telling)
-    labels = [_label(group, telling, names, groups) for group in groups]
+    return [label or group.config["experiment"] for label, group in zip(settings(groups, telling), groups, strict=True)]
+
+
+def settings(groups: Sequence[Group], keys: Sequence[str]) -> list[str]:
+    """Groups by their values of some keys, such as ``labeling=BFPO alpha=0.5``; not what a class implies.
+
+    Args:
+        groups: The groups.
+        keys: What tells them apart.
+    """
+    names = short_names(keys)
+    labels = [_label(group, keys, names, groups) for group in groups]
     return [f"{label} ({labels[:place].count(label) + 1})" if labels.count(label) > 1 else label
             for place, label in enumerate(labels)]  # fmt: skip
 
@@ -212,8 +243,14 @@ def _is_number(group: Group, key: str) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _telling(groups: Sequence[Group], keys: Sequence[str], parameters: frozenset[str]) -> list[str]:
-    """The keys that a label needs: the sweep's and the method's first, without those that tell nothing more."""
+def telling_keys(groups: Sequence[Group], keys: Sequence[str], parameters: frozenset[str]) -> list[str]:
+    """The keys that labels need: the method's and the sweep's first, without those that tell nothing more.
+
+    Args:
+        groups: The groups.
+        keys: What differs in their configs.
+        parameters: Keys that a sweep set.
+    """
 
     def rank(key: str) -> tuple[int, int]:
         in_sweep = any(key == name or key.replace(".init_args", "") == name for name in parameters)
@@ -236,7 +273,7 @@ def _label(group: Group, keys: Sequence[str], names: dict[str, str], groups: Seq
         if key not in group.config or (key != "experiment" and _same_among_kin(group, key, groups)):
             continue
         parts.append(group.shown(key) if key == "experiment" else f"{names[key]}={group.shown(key)}")
-    return " ".join(parts) or group.config["experiment"]
+    return " ".join(parts)
 
 
 def _same_among_kin(group: Group, key: str, groups: Sequence[Group]) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from bfpo_pl.component import UserError
+from bfpo_pl.sweep.spec import grid, read_spec
+from bfpo_pl.sweep.store import trial_id
 
 CONFIG, METRICS, SAMPLES, STATUS, ENVIRONMENT = (
     "config.yaml",
@@ -50,7 +52,7 @@ class RunRecord:
         folder: Its folder.
         config: Its resolved config, flat: dotted keys, lists of plain values as they are.
         series: Its metrics by column.
-        environment: Versions, machine and revision.
+        environment: Versions, revision and, of a sweep's trial, the machine (``host``).
         parameters: Keys that a sweep set in it.
     """
 
@@ -97,14 +99,14 @@ class Reading:
         title: What the comparison is of.
         runs: The finished runs.
         left_out: The others.
-        metric: What the sweep optimises, if one was named.
+        metrics: What the sweeps optimise, if some were named.
         sweep: The sweep's folder, if one was named and nothing else.
     """
 
     title: str
     runs: list[RunRecord] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
-    metric: str | None = None
+    metrics: list[str] = field(default_factory=list)
     sweep: Path | None = None
 
 
@@ -129,9 +131,7 @@ def read(paths: Iterable[str], wanted: Callable[[str], bool] = lambda key: True)
             raise UserError(f"'{path}' holds no run: neither it nor a folder below it has a {CONFIG} of bfpo fit.")
         for found in all_found:
             if is_sweep(found):
-                reading.metric = reading.metric or _sweep_metric(found)
-                for trial in sorted((found / TRIALS).iterdir()):
-                    _add_trial(reading, trial, seen, wanted)
+                _add_sweep(reading, found, seen, wanted)
             elif found.resolve() not in seen:
                 seen.add(found.resolve())
                 _add(reading, found, _unfinished(found), wanted)
@@ -139,7 +139,7 @@ def read(paths: Iterable[str], wanted: Callable[[str], bool] = lambda key: True)
         reading.sweep = named[0]
     if not reading.runs:
         reasons = "; ".join(f"{each.name}: {each.reason}" for each in reading.left_out[:5])
-        raise UserError(f"None of the runs has finished, so there is nothing to compare ({reasons or 'no trials'}).")
+        raise UserError(f"There is no finished run to compare ({reasons or 'no trials'}).")
     return reading
 
 
@@ -187,11 +187,24 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _runs_below(child, depth - 1)
 
 
+def _add_sweep(reading: Reading, folder: Path, seen: set[Path], wanted: Callable[[str], bool]) -> None:
+    spec = read_spec(folder / SWEEP)
+    reading.metrics += [spec.metric] if spec.metric and spec.metric not in reading.metrics else []
+    combinations = {trial_id(parameters) for parameters in grid(spec)} if spec.method == "grid" else None
+    for trial in sorted((folder / TRIALS).iterdir()):
+        if combinations is None or trial.name in combinations:
+            _add_trial(reading, trial, seen, wanted)
+        elif (trial / TRIAL).is_file():
+            reading.left_out.append(
+                LeftOut(f"trial {trial.name} of {folder.name}", "its values are no longer in the sweep file")
+            )
+
+
 def _add_trial(reading: Reading, trial: Path, seen: set[Path], wanted: Callable[[str], bool]) -> None:
     if not (trial / TRIAL).is_file():
         return
     record = _json(trial / TRIAL)
-    name = f"trial {record.get('id', trial.name)}"
+    name = f"trial {record.get('id', trial.name)} of {trial.parent.parent.name}"
     status, run = record.get("status"), record.get("run")
     folder = trial / run if run else None
     if folder is not None and folder.resolve() in seen:
@@ -199,11 +212,14 @@ def _add_trial(reading: Reading, trial: Path, seen: set[Path], wanted: Callable[
     if status != FINISHED:
         error = " ".join(str(record.get("error") or "").split())[:300]
         reading.left_out.append(LeftOut(name, f"{status or 'without a status'}{': ' + error if error else ''}"))
-    elif folder is None or not (folder / CONFIG).is_file():
+    elif folder is None:
+        reading.left_out.append(LeftOut(name, "it left no run; programs other than bfpo fit leave none to compare"))
+    elif not (folder / CONFIG).is_file():
         reading.left_out.append(LeftOut(name, f"its run '{run}' is not there"))
     else:
         seen.add(folder.resolve())
-        _add(reading, folder, None, wanted, frozenset(record.get("parameters") or {}))
+        machine = {"host": record.get("host")}
+        _add(reading, folder, None, wanted, frozenset(record.get("parameters") or {}), machine)
 
 
 def _add(
@@ -212,6 +228,7 @@ def _add(
     reason: str | None,
     wanted: Callable[[str], bool],
     parameters: frozenset[str] = frozenset(),
+    machine: dict[str, Any] | None = None,
 ) -> None:
     name = f"{folder.resolve().parent.name}/{folder.resolve().name}"
     if reason is None and not (folder / METRICS).is_file():
@@ -219,7 +236,7 @@ def _add(
     if reason is not None:
         reading.left_out.append(LeftOut(name, reason))
         return
-    environment = _json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {}
+    environment = {**(_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {}), **(machine or {})}
     series = read_series(folder / METRICS, wanted)
     reading.runs.append(RunRecord(folder.resolve(), _config(folder / CONFIG), series, environment, parameters))
 
@@ -303,11 +320,6 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in items:
         result.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
     return result
-
-
-def _sweep_metric(folder: Path) -> str | None:
-    metric = _yaml(folder / SWEEP).get("metric")
-    return str(metric["name"]) if isinstance(metric, dict) and metric.get("name") else None
 
 
 def _yaml(file: Path) -> dict[str, Any]:

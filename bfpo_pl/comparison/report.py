@@ -13,9 +13,10 @@ from bfpo_pl.comparison.analysis import Comparison, Row
 from bfpo_pl.comparison.figures import Drawn, coloured, restriction
 from bfpo_pl.comparison.grouping import short_names
 from bfpo_pl.comparison.pareto import RESAMPLES
+from bfpo_pl.comparison.provenance import place
 from bfpo_pl.comparison.samples import SideBySide, side_by_side
 from bfpo_pl.comparison.statistics import Difference
-from bfpo_pl.comparison.tables import difference_text, front_text, mean_text, metric_names
+from bfpo_pl.comparison.tables import columns_text, difference_text, front_text, mean_text, metric_names
 from bfpo_pl.redaction import names_secret, redacted_text
 from bfpo_pl.runs import package_version
 
@@ -40,11 +41,12 @@ def report(comparison: Comparison, figures: Sequence[Drawn]) -> str:
     return environment.get_template(TEMPLATE).render(
         comparison=comparison,
         names=metric_names(comparison),
+        columns=columns_text(comparison),
         seeds=_seeds(comparison),
         when=_when(comparison.at),
         written=time.strftime("%Y-%m-%d %H:%M"),
         version=package_version("bfpo_pl") or "",
-        notes=_notes(comparison),
+        notes=comparison.notes,
         resamples=RESAMPLES,
         figures=figures,
         samples=_samples(comparison),
@@ -59,7 +61,7 @@ def report(comparison: Comparison, figures: Sequence[Drawn]) -> str:
         difference_parts=_difference_parts,
         image=_image,
         config_value=_config_value,
-        place=lambda folder: redacted_text(str(folder)),
+        place=place,
     )
 
 
@@ -72,22 +74,6 @@ def _keys(comparison: Comparison) -> list[str]:
     """What differs, without the experiment's name where that is the label."""
     named = all(row.label == row.group.config.get("experiment") for row in comparison.rows)
     return [key for key in comparison.keys if not (named and key == "experiment")]
-
-
-def _notes(comparison: Comparison) -> list[str]:
-    """What a reader should know before believing the figures."""
-    notes = []
-    commits = sorted({str((run.environment.get("git") or {}).get("commit"))[:10] for run in comparison.runs})
-    if len(commits) > 1:
-        notes.append(f"the runs are of {len(commits)} revisions of the code: {', '.join(commits[:6])}.")
-    changed = sum(bool((run.environment.get("git") or {}).get("changed")) for run in comparison.runs)
-    if changed:
-        notes.append(f"{_count(changed, 'run')} ran with uncommitted changes of the code.")
-    seeds = {frozenset(row.group.replicates) for row in comparison.rows}
-    if len(seeds) > 1:
-        over = "; differences are over the seeds that two groups share" if comparison.baseline else ""
-        notes.append(f"the groups do not have the same seeds{over}.")
-    return notes
 
 
 def _seeds(comparison: Comparison) -> str:
@@ -106,8 +92,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _difference_parts(difference: Difference | None) -> tuple[str, str]:
-    value, _, rest = difference_text(difference).partition(",")
+def _difference_parts(difference: Difference | None, seeds: int) -> tuple[str, str]:
+    value, _, rest = difference_text(difference, seeds).partition(",")
     return value, rest.strip()
 
 

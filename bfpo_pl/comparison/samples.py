@@ -23,12 +23,14 @@ class Answer:
         text: The whole answer.
         marks: What the judge says of it: ``unsafe``, ``malformed``, ``helpfulness 0.50`` …
         bad: Whether it is unsafe or malformed.
+        apart: What of its origin is not as of the others, such as ``seed 7``; empty if nothing.
     """
 
     label: str
     text: str
     marks: list[str]
     bad: bool
+    apart: str = ""
 
     @property
     def short(self) -> str:
@@ -78,45 +80,56 @@ def side_by_side(rows: Sequence[Row], split: str) -> SideBySide:
         rows: The groups to show.
         split: ``test`` or ``val``: of which prompts, where the samples say.
     """
-    seed = _common_seed(rows)
+    seed = _most([seed for row in rows for seed in row.group.replicates])
     answers: dict[str, dict[str, dict[str, Any]]] = {}
-    decoding = "greedy"
+    origins: dict[str, list[str]] = {}
     for row in rows:
-        run = row.group.replicates.get(seed) or row.group.runs[0]
-        decoding, found = _last(run, split)
+        own = seed if seed in row.group.replicates else next(iter(row.group.replicates))
+        found = _last(row.group.replicates[own], split)
         if found:
             answers[row.label] = found
+            origins[row.label] = [f"seed {own}" if isinstance(own, int) else str(own), *_origin(found)]
     if not answers:
         return SideBySide([], "")
+    usual = [_most(parts) for parts in zip(*origins.values(), strict=True)]
+    apart = {
+        label: ", ".join(part for part, other in zip(parts, usual, strict=True) if part != other)
+        for label, parts in origins.items()
+    }
     shared = [text for text in next(iter(answers.values())) if all(text in each for each in answers.values())]
     prompts = []
     for text in _spread(shared):
         judged = {label: each[text] for label, each in answers.items()}
         kind = str(next(iter(judged.values())).get("class") or "")
-        prompts.append(
-            Prompt(text, kind, kind.startswith("harmful"), [_answer(*item) for item in judged.items()]),
-        )
+        listed = [_answer(label, row, apart[label]) for label, row in judged.items()]
+        prompts.append(Prompt(text, kind, kind.startswith("harmful"), listed))
     prompts.sort(key=lambda prompt: not prompt.harmful)
-    return SideBySide(prompts, f"seed {seed}, decoding {decoding}, last evaluation")
+    return SideBySide(prompts, ", ".join([*filter(None, usual), "last evaluation"]))
 
 
-def _common_seed(rows: Sequence[Row]) -> Any:
-    seeds = [seed for row in rows for seed in row.group.replicates]
-    return max(dict.fromkeys(seeds), key=seeds.count)
+def _most(values: Sequence[Any]) -> Any:
+    """The most frequent value, of several the first."""
+    return max(dict.fromkeys(values), key=values.count)
 
 
-def _last(run: RunRecord, split: str) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Decoding, and by prompt the rows of the last step with answers of that decoding."""
+def _last(run: RunRecord, split: str) -> dict[str, dict[str, Any]]:
+    """By prompt the rows of the last step; greedy ones, and of the split, where there are some."""
     rows = [row for row in read_samples(run.folder) if "prompt" in row and "answer" in row]
     names = ("test", "heldout") if split == "test" else ("val", "validation")
     rows = [row for row in rows if row.get("split") in names] or rows
     decodings = list(dict.fromkeys(str(row.get("decoding")) for row in rows))
-    if not decodings:
-        return "greedy", {}
-    decoding = "greedy" if "greedy" in decodings else decodings[0]
+    decoding = "greedy" if "greedy" in decodings else next(iter(decodings), "")
     rows = [row for row in rows if str(row.get("decoding")) == decoding]
-    last = max(row.get("step", 0) for row in rows)
-    return decoding, {str(row["prompt"]): row for row in rows if row.get("step", 0) == last}
+    last = max((row.get("step", 0) for row in rows), default=0)
+    return {str(row["prompt"]): row for row in rows if row.get("step", 0) == last}
+
+
+def _origin(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Decoding and prompts of answers, in words."""
+    row = next(iter(found.values()))
+    split = row.get("split")
+    prompts = "held-out prompts" if split in ("test", "heldout") else f"{split} prompts" if split else ""
+    return [f"decoding {row.get('decoding')}", prompts]
 
 
 def _spread(texts: Sequence[str]) -> list[str]:
@@ -124,11 +137,11 @@ def _spread(texts: Sequence[str]) -> list[str]:
     return [texts[place * len(texts) // count] for place in range(count)]
 
 
-def _answer(label: str, row: dict[str, Any]) -> Answer:
+def _answer(label: str, row: dict[str, Any], apart: str) -> Answer:
     unsafe, malformed = row.get("safe") is False, row.get("malformed") is True
     marks = [name for name, is_so in (("unsafe", unsafe), ("malformed", malformed)) if is_so]
     if not marks and row.get("form"):
         marks.append(str(row["form"]))
     if isinstance(row.get("helpfulness"), int | float):
         marks.append(f"helpfulness {row['helpfulness']:.2f}")
-    return Answer(label, str(row["answer"]), marks, unsafe or malformed)
+    return Answer(label, str(row["answer"]), marks, unsafe or malformed, apart)

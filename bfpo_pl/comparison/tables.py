@@ -14,33 +14,65 @@ from rich.text import Text
 
 from bfpo_pl.comparison.analysis import WORSE, Comparison, Row
 from bfpo_pl.comparison.grouping import short_names
+from bfpo_pl.comparison.provenance import origins, place
 from bfpo_pl.comparison.statistics import LEVEL, Difference, Mean
 from bfpo_pl.redaction import redacted
 
 SCHEMA = 1
+SPLITS = {"test": "held-out", "val": "validation", "train": "training"}
 
 
 def metric_names(comparison: Comparison) -> dict[str, str]:
-    """Metrics by short names; those of one of the decodings and splits need not be told apart."""
-    names = short_names([key for key in comparison.metrics if key != WORSE], "/")
-    return {**names, WORSE: "the worse of both"}
+    """Metrics by short names, which say the split where metrics of several splits are shown."""
+    by_split: dict[str, list[str]] = {}
+    for key in comparison.metrics:
+        if key != WORSE:
+            by_split.setdefault(_split(key), []).append(key)
+    names = {key: name for keys in by_split.values() for key, name in short_names(keys, "/").items()}
+    splits = {key: split for split, keys in by_split.items() for key in keys}
+    if comparison.pair:
+        names[WORSE] = "the worse of both"
+        first, second = (_split(key) for key in comparison.pair)
+        splits[WORSE] = first if first == second else ""
+    if len(by_split) > 1:
+        names = {key: f"{name} ({splits[key]})" if splits[key] else name for key, name in names.items()}
+    return names
 
 
-def mean_text(mean: Mean) -> str:
-    """A mean with its interval, such as ``0.912 ± 0.013``; without one it says that there was one run."""
+def columns_text(comparison: Comparison) -> str:
+    """Which column each short name stands for, and of which prompts it is."""
+    names = metric_names(comparison)
+    keys = [key for key in comparison.metrics if key not in (WORSE, names[key])]
+    splits = dict.fromkeys(_split(key) for key in keys if "/microworld/" in key)
+    prompts = [f"{split}/… is on {SPLITS[split]} prompts" for split in splits if split in SPLITS]
+    return "; ".join([*(f"{names[key]} is {key}" for key in keys), *prompts])
+
+
+def mean_text(mean: Mean, runs: int | None = None) -> str:
+    """A mean with its interval, such as ``0.912 ± 0.013``; it says of how many values if not of one for each run.
+
+    Args:
+        mean: The mean.
+        runs: Runs of the group.
+    """
     if mean.n == 0:
         return "–"
-    if mean.half_width is None:
-        return f"{_number(mean.mean)} (n=1)"
-    return f"{_number(mean.mean)} ± {_number(mean.half_width)}"
+    text = _number(mean.mean) + ("" if mean.half_width is None else f" ± {_number(mean.half_width)}")
+    return text + _of(mean.n, mean.half_width, runs)
 
 
-def difference_text(difference: Difference | None) -> str:
-    """A difference with its interval and p-value, and whether it is not of pairs of runs."""
+def difference_text(difference: Difference | None, seeds: int | None = None) -> str:
+    """A difference with its interval and p-value, and whether it is not of pairs of runs.
+
+    Args:
+        difference: The difference.
+        seeds: Number of pairs that are told elsewhere; if it is of another number, it says so.
+    """
     if difference is None or math.isnan(difference.mean):
         return "–"
     text = ("+" if difference.mean >= 0 else "−") + _number(abs(difference.mean))
-    text += " (n=1)" if difference.half_width is None else f" ± {_number(difference.half_width)}"
+    text += "" if difference.half_width is None else f" ± {_number(difference.half_width)}"
+    text += _of(difference.n, difference.half_width, seeds if difference.paired else None)
     if difference.p_holm is not None:
         text += f", p {'< 0.001' if difference.p_holm < 0.001 else f'{difference.p_holm:.3f}'}"
     return text if difference.paired else f"{text}, unpaired"
@@ -74,15 +106,20 @@ def print_table(comparison: Comparison, console: Console | None = None) -> None:
     for key in comparison.metrics if comparison.baseline else []:
         table.add_column(Text(f"Δ {names[key]}"), justify="right")
     for row in comparison.rows:
-        cells = [row.label, str(len(row.group.replicates)), *(mean_text(row.means[key]) for key in comparison.metrics)]
+        runs = len(row.group.replicates)
+        cells = [row.label, str(runs), *(mean_text(row.means[key], runs) for key in comparison.metrics)]
         if comparison.pair:
             cells.append(front_text(row))
         if row.label == comparison.baseline:
             cells += ["baseline", *[""] * (len(comparison.metrics) - 1)]
         elif comparison.baseline:
-            cells += [difference_text(row.differences.get(key)) for key in comparison.metrics]
+            cells += [difference_text(row.differences.get(key), runs) for key in comparison.metrics]
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
+    if columns := columns_text(comparison):
+        console.print(Text(f"{columns}."))
+    for note in comparison.notes:
+        console.print(Text(f"Note: {note}"))
     for each in comparison.left_out[:10]:
         console.print(Text(f"Left out: {each.name}: {each.reason}"))
     if len(comparison.left_out) > 10:
@@ -97,7 +134,7 @@ def as_json(comparison: Comparison) -> str:
             {
                 "label": row.label,
                 "config": redacted({key: row.group.config.get(key) for key in comparison.keys}),
-                "runs": [{"seed": run.seed, "folder": str(run.folder)} for run in row.group.runs],
+                "runs": [{"seed": run.seed, "folder": place(run.folder)} for run in row.group.runs],
                 "metrics": {key: _metric(row, key) for key in comparison.metrics},
                 "on_front": row.on_front,
                 "front_probability": row.front_probability,
@@ -112,6 +149,8 @@ def as_json(comparison: Comparison) -> str:
         "baseline": comparison.baseline,
         "level": LEVEL,
         "groups": groups,
+        "notes": comparison.notes,
+        "origins": origins(comparison.runs),
         "left_out": [{"name": each.name, "reason": each.reason} for each in comparison.left_out],
     }
     return json.dumps(_finite(content), indent=2, default=str, allow_nan=False) + "\n"
@@ -132,6 +171,18 @@ def as_csv(comparison: Comparison) -> str:
                 line += [delta.n if delta.paired else 0]
             writer.writerow(["" if each is None or each != each else each for each in line + [None] * (13 - len(line))])
     return text.getvalue()
+
+
+def _of(n: int, half_width: float | None, expected: int | None) -> str:
+    if half_width is None:
+        return " (n=1)"
+    return "" if expected in (None, n) else f" (n={n})"
+
+
+def _split(key: str) -> str:
+    """The split that a column is of; empty if its name does not say."""
+    first = key.partition("/")[0]
+    return first if first in SPLITS else ""
 
 
 def _metric(row: Row, key: str) -> dict[str, Any]:

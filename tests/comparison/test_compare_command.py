@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from run_folders import config, final, write_run
 from scipy import stats
 
@@ -137,6 +136,38 @@ def test_held_out_prompts_count_if_all_runs_have_them(tmp_path, runs):
     assert compared(tmp_path, tmp_path / "tested", runs)["helpfulness"] == HELPFULNESS
 
 
+def test_the_splits_are_told_apart(tmp_path, runs, capsys):
+    """A pair of held-out prompts beside a metric of validation prompts."""
+    for seed in range(2):
+        rows = [*course(0.9, 0.8), final(0.7, 0.6, split="test")]
+        write_run(tmp_path / "tested" / f"20260102-00000{seed}-0000", config(seed, experiment="tested"), rows)
+    compared(tmp_path, tmp_path / "tested", "--metrics", HELPFULNESS, "test/microworld/greedy/harmlessness")
+    out, page = capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text()
+    heads = re.findall(r"<th>([^<]*)</th>", page[page.index("Results") : page.index("</table>")])
+    words = ["helpfulness (test)", "harmlessness (test)", "the worse of both (test)", "helpfulness (val)"]
+    assert [head for head in heads if "(" in head] == words
+    for text in (" ".join(out.split()), page):
+        assert f"helpfulness (val) is {HELPFULNESS}; test/… is on held-out prompts; val/…" in text
+    compared(tmp_path, tmp_path / "tested")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "helpfulness is test/microworld/greedy/helpfulness" in page
+    assert "(test)" not in page
+
+
+def test_a_run_without_held_out_prompts_is_no_silent_change(tmp_path, runs, capsys):
+    tested = [*course(0.9, 0.9), final(0.4, 0.3, split="test")]
+    write_run(runs / "tested" / "20260102-000000-0000", config(0, experiment="tested"), tested)
+    comparison = compared(tmp_path, runs)
+    assert comparison["helpfulness"] == HELPFULNESS
+    note = (
+        "6 of 7 runs have no test/microworld/greedy/helpfulness or test/microworld/greedy/harmlessness; "
+        "validation prompts are compared."
+    )
+    assert comparison["notes"] == [note, *comparison["notes"][1:]]
+    assert note in " ".join(capsys.readouterr().out.split())
+    assert note in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_metrics_at_the_step_of_anothers_best(tmp_path):
     rows = [final(0.2, 0.9, 100), final(0.8, 0.5, 200), final(0.6, 0.7, 300)]
     write_run(tmp_path / "runs" / "bfpo" / "20260101-000000-0000", config(0), rows)
@@ -166,30 +197,33 @@ def test_what_is_not_finished_is_left_out_and_named(tmp_path, runs, capsys):
     assert "the loss is nan" in capsys.readouterr().out
 
 
-def trial(folder, status, run="", error=None, **parameters):
-    folder.mkdir(parents=True)
-    record = {"id": folder.name, "parameters": parameters, "status": status, "error": error, "run": run, "attempts": 1}
-    (folder / "trial.json").write_text(json.dumps(record))
-
-
-def test_a_sweep_is_read_by_its_trials(tmp_path):
-    sweep = tmp_path / "labeling"
-    for place, (alpha, seed) in enumerate((alpha, seed) for alpha in (0.0, 0.5, 1.0) for seed in (0, 1)):
-        own = sweep / "trials" / f"t{place}"
-        run = "runs/bfpo/20260101-000000-0000"
-        trial(own, "finished", run, **{"model.labeling.alpha": alpha, "seed_everything": seed})
-        write_run(own / run, config(seed, alpha=alpha), course(0.9 - alpha / 2, 0.5 + alpha / 2))
-    trial(sweep / "trials" / "t8", "failed", error="Out of memory:\n the machine has no more")
-    trial(sweep / "trials" / "t9", "running")
-    (sweep / "sweep.yaml").write_text(yaml.safe_dump({"method": "grid", "metric": {"name": "val/all/all/loss"}}))
-    main(["compare", str(sweep)])
-    comparison = json.loads((sweep / "report" / "comparison.json").read_text())
-    assert sorted(groups_of(comparison)) == ["alpha=0", "alpha=0.5", "alpha=1"]
-    assert [len(group["runs"]) for group in comparison["groups"]] == [2, 2, 2]
-    assert comparison["groups"][0]["metrics"]["val/all/all/loss"]["n"] == 2  # the sweep's metric is shown, too
-    left_out = {each["name"]: each["reason"] for each in comparison["left_out"]}
-    assert left_out == {"trial t8": "failed: Out of memory: the machine has no more", "trial t9": "running"}
-    assert (sweep / "report" / "by_alpha.png").stat().st_size > 10_000
+def test_what_runs_come_from_is_kept_and_noted(tmp_path, runs, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    environment = runs / "linear" / "20260101-000000-abcd" / "environment.json"
+    git, packages = {"commit": "fedcba9876543210", "changed": True}, {"torch": "2.13.0", "bfpo_pl": "0.1.0"}
+    environment.write_text(json.dumps({"git": git, "platform": "Linux", "packages": packages}))
+    (runs / "linear" / "20260101-000002-abcd" / "metrics.csv").unlink()
+    comparison = compared(tmp_path, runs)
+    assert comparison["notes"] == [
+        "the runs are of 2 revisions of the code: 0123456789, fedcba9876.",
+        "1 run ran with uncommitted changes of the code.",
+        "the runs used 2 versions of torch: 2.13.0, unknown.",
+        "the groups do not have the same seeds.",
+    ]
+    known, changed = comparison["origins"]
+    assert (known["commit"], known["changed"], known["runs"]) == ("0123456789abcdef", False, 4)
+    assert (changed["commit"], changed["changed"], changed["runs"]) == ("fedcba9876543210", True, 1)
+    assert changed["packages"] == {"bfpo_pl": "0.1.0", "torch": "2.13.0", "lightning": None, "transformers": None}
+    out, page = " ".join(capsys.readouterr().out.split()), (tmp_path / "out" / "report.html").read_text()
+    for note in comparison["notes"]:
+        assert f"Note: {note}" in out
+        assert note in page
+    assert groups_of(comparison)["bfpo"]["runs"][0]["folder"] == "runs/bfpo/20260101-000000-abcd"
+    assert str(tmp_path) not in page
+    monkeypatch.chdir(runs / "linear")
+    folders = [run["folder"] for group in compared(tmp_path, runs)["groups"] for run in group["runs"]]
+    assert str(runs / "bfpo" / "20260101-000000-abcd") in folders  # not below the working directory
+    assert "20260101-000000-abcd" in folders
 
 
 def test_the_report_needs_nothing_beside_it_and_runs_nothing(tmp_path, runs):
@@ -201,6 +235,7 @@ def test_the_report_needs_nothing_beside_it_and_runs_nothing(tmp_path, runs):
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quoted&#34;" in page
     assert "default-src 'none'" in page
+    assert "sorted by the flags that training saw: where flags are noisy, wrong ones among them" in page
     for name in ("front.png", "margins.png", "training.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -238,6 +273,32 @@ def test_answers_stand_side_by_side(tmp_path, runs):
     details = re.findall(r"<details><summary>whole text</summary><pre>(.*?)</pre>", page, re.S)
     assert f"{'long ' * 100} 300" in details
     assert not any(text.endswith(" 200") for text in details)  # of the last evaluation
+
+
+def test_answers_of_another_seed_or_decoding_say_so(tmp_path, runs):
+    sampled = [row for row in samples("other") if row["decoding"] == "t0.5"]
+    other = config(7, "SafetyOnly", "safety_only")
+    write_run(runs / "safety_only" / "20260101-000000-0000", other, course(0.1, 1.0), sampled)
+    compared(tmp_path, runs)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The same prompts, seed 0, decoding greedy, last evaluation." in page
+    who = {" ".join(re.sub("<[^>]*>", "", each).split()) for each in re.findall(r'<div class="who">(.*?)</div>', page)}
+    assert who == {"bfpo", "linear", "safety_only seed 7, decoding t0.5"}
+
+
+def test_metrics_that_some_runs_lack_say_of_how_many_they_are(tmp_path, runs, capsys):
+    for group, values in (("linear", (0.2, 0.4)), ("bfpo", (0.5, 0.5, 0.5))):
+        for seed, value in enumerate(values):
+            file = runs / group / f"20260101-00000{seed}-abcd" / "metrics.csv"
+            head, *lines = file.read_text().splitlines()
+            file.write_text("\n".join([f"{head},extra", *(f"{line},{value}" for line in lines)]) + "\n")
+    compared(tmp_path, runs, "--metrics", "extra", "--baseline", "bfpo")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "0.300 ± 1.271 (n=2)" in page
+    assert "−0.200 ± 1.271 (n=2)" in page
+    assert "0.500 ± 0.000<" in page
+    assert "(n=3)" not in page
+    assert capsys.readouterr().out.count("(n=2)") == 2  # the mean and the difference
 
 
 def test_without_judged_answers_losses_are_compared(tmp_path):

@@ -40,6 +40,23 @@ def test_paths_that_differ_by_the_seed_in_them_are_replicates():
     assert len(group_runs(runs)[0]) == 1
 
 
+def test_paths_with_the_seed_in_them_do_not_tell_groups_apart():
+    """Trials of a sweep are read in no order of seeds, and not all groups have all of them."""
+    runs = [record(seed=seed, tau=0.1, policy=f"models/sft/{seed}") for seed in (0, 1, 2)]
+    runs += [record(seed=seed, tau=0.5, policy=f"models/sft/{seed}") for seed in (2, 0)]
+    runs += [record(seed=1, tau=1.0, policy="models/sft/1")]
+    groups, _ = group_runs(runs)
+    assert [list(group.replicates) for group in groups] == [[0, 1, 2], [0, 2], [1]]
+    assert differing_keys(groups) == ["model.loss.init_args.tau"]
+    assert groups[2].config["model.policy.init_args.path"] == "models/sft/{seed}"
+    # Those of one seed alone keep what they say, and other models stay others.
+    alone = group_runs([record(seed=1, tau=tau, policy="models/sft/1") for tau in (0.1, 0.5)])[0]
+    assert alone[0].config["model.policy.init_args.path"] == "models/sft/1"
+    other = [record(seed=seed, tau=0.1, policy=f"models/base/{seed}") for seed in (1, 0)]
+    labels = [group.label for group in group_runs([*runs[:3], *other])[0]]
+    assert labels == ["path=models/sft/{seed}", "path=models/base/{seed}"]
+
+
 def test_paths_that_differ_otherwise_are_not():
     assert len(group_runs([record(seed=0, policy="models/a"), record(seed=1, policy="models/b")])[0]) == 2
     # A grid of two models and two seeds: the models' numbers are not the seeds.

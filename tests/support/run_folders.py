@@ -86,3 +86,21 @@ def final(helpfulness: float, harmlessness: float, step: int = 300, split: str =
         f"{prefix}/harmlessness": harmlessness,
         "val/all/all/loss": 1.0 - helpfulness / 2,
     }
+
+
+def write_trial(
+    folder: Path, status: str = "finished", run: str | None = None, error: str | None = None, **parameters: Any
+) -> Path:
+    """Writes the record of a sweep's trial.
+
+    Args:
+        folder: The trial's folder, such as ``runs/sweeps/alpha/trials/0123456789``.
+        status: What became of it.
+        run: Its run's folder, relative to the trial's.
+        error: Why it failed.
+        parameters: What the sweep set in it.
+    """
+    folder.mkdir(parents=True)
+    record = {"id": folder.name, "parameters": parameters, "status": status, "error": error, "run": run}
+    (folder / "trial.json").write_text(json.dumps({**record, "attempts": 1, "host": "machine"}))
+    return folder
