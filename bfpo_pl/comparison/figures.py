@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, ScalarFormatter
 
 from bfpo_pl.comparison.analysis import LOSS, WORSE, Comparison, Row
 from bfpo_pl.comparison.curves import Curves, one_parameter_curves
@@ -38,6 +39,9 @@ _LEAST_SPAN = 0.1  # of shares; smaller differences are not worth a whole axis
 _FAINT = "#b5b5b5"
 _CHARACTERS = 126  # of a legend's row
 _LEGEND_ROW = 0.19  # inches
+_LARGE = 3.0  # margins beyond this would flatten those of the squared loss, which stay within 1 or so
+_TICKS = [sign * size for sign in (-1, 1) for size in (0, 0.5, 1, 3, 10, 30, 100, 300)]
+_FEW_POINTS = 4  # so few values of a course are marked: what lies between was not measured
 _FEW = 6  # bands of more lines than this are fainter
 
 
@@ -189,6 +193,10 @@ def _margins(comparison: Comparison, folder: Path) -> Drawn | None:
         axes.set_title(title, fontsize=10)
         if any(drawn):
             axes.axhline(0, color=_GREY, linewidth=0.8, zorder=1)
+            if max(map(abs, axes.get_ylim())) > _LARGE:
+                axes.set_yscale("symlog", linthresh=1.0, linscale=1.0)
+                axes.yaxis.set_major_locator(FixedLocator(_TICKS))
+                axes.yaxis.set_major_formatter(ScalarFormatter())
         else:
             axes.text(0.5, 0.5, "no such pairs", transform=axes.transAxes, ha="center", va="center", color=_GREY)
             axes.set_yticks([])
@@ -198,7 +206,8 @@ def _margins(comparison: Comparison, folder: Path) -> Drawn | None:
     figure.savefig(path)
     caption = (
         "Reward of the chosen minus that of the rejected response in training batches, mean and 95 % interval over "
-        "seeds. Above 0 the model prefers the more helpful response. Pairs are sorted by the flags that training saw: "
+        "seeds. Above 0 the model prefers the more helpful response; where margins are large, the axis is logarithmic "
+        "beyond 1 and -1. Pairs are sorted by the flags that training saw: "
         "where flags are noisy, wrong ones among them." + restriction(comparison)
     )
     return Drawn(path, "Reward margins by safety of the pair", caption)
@@ -253,7 +262,7 @@ def _over_steps(axes: Axes, row: Row, key: str, own: Style) -> bool:
 
 
 def _band(axes: Axes, xs: Sequence[float], means: Sequence[Mean], own: Style, marker: str = "") -> None:
-    single = marker or ("o" if len(xs) == 1 else "")
+    single = marker or ("o" if len(xs) <= _FEW_POINTS else "")
     axes.plot(xs, [mean.mean for mean in means], own.line, color=own.colour, marker=single, markersize=5, linewidth=1.6)
     low = [mean.mean - (mean.half_width or 0.0) for mean in means]
     high = [mean.mean + (mean.half_width or 0.0) for mean in means]

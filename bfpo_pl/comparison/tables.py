@@ -103,19 +103,15 @@ def print_table(comparison: Comparison, console: Console | None = None) -> None:
         table.add_column(Text(names[key]), justify="right")
     if comparison.pair:
         table.add_column("on the front", justify="right")
-    for key in comparison.metrics if comparison.baseline else []:
-        table.add_column(Text(f"Δ {names[key]}"), justify="right")
     for row in comparison.rows:
         runs = len(row.group.replicates)
         cells = [row.label, str(runs), *(mean_text(row.means[key], runs) for key in comparison.metrics)]
         if comparison.pair:
             cells.append(front_text(row))
-        if row.label == comparison.baseline:
-            cells += ["baseline", *[""] * (len(comparison.metrics) - 1)]
-        elif comparison.baseline:
-            cells += [difference_text(row.differences.get(key), runs) for key in comparison.metrics]
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
+    if comparison.baseline:
+        console.print(_table_of_differences(comparison))
     if columns := columns_text(comparison):
         console.print(Text(f"{columns}."))
     for note in comparison.notes:
@@ -124,6 +120,20 @@ def print_table(comparison: Comparison, console: Console | None = None) -> None:
         console.print(Text(f"Left out: {each.name}: {each.reason}"))
     if len(comparison.left_out) > 10:
         console.print(f"… and {len(comparison.left_out) - 10} more are left out; the report names them all.")
+
+
+def _table_of_differences(comparison: Comparison) -> Table:
+    names = metric_names(comparison)
+    table = Table(title=Text(f"Minus {comparison.baseline}: mean ± {LEVEL:.0%} interval over shared seeds"))
+    table.add_column("group", overflow="fold")
+    for key in comparison.metrics:
+        table.add_column(Text(f"Δ {names[key]}"), justify="right")
+    for row in comparison.rows:
+        if row.label != comparison.baseline:
+            runs = len(row.group.replicates)
+            cells = [row.label, *(difference_text(row.differences.get(key), runs) for key in comparison.metrics)]
+            table.add_row(*(Text(cell) for cell in cells))
+    return table
 
 
 def as_json(comparison: Comparison) -> str:
