@@ -2,7 +2,9 @@
 
     bfpo sweep configs/sweep/sft.yaml configs/sweep/ablation/tune*.yaml --workers 2
     python benchmarks/ablations.py choose      # the best of the grid for each objective, by validation prompts alone
-    bfpo sweep configs/sweep/labeling.yaml configs/sweep/ablation/noise.yaml --workers 2
+    bfpo sweep configs/sweep/labeling.yaml --workers 2
+    for name in noise soft_flags noise_tau conflict alpha tau b1 streams trainable nll
+        do bfpo sweep configs/sweep/ablation/$name.yaml --workers 2; done
     python benchmarks/ablations.py collect     # benchmarks/results/ablations/ and docs/images/ablations/
 
 The settings that `choose` prints stand in configs/ablation/<objective>.yaml.
@@ -18,6 +20,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from checkpointing_cpu import cpu_model
+
 from bfpo_pl.comparison.analysis import WORSE, Comparison
 from bfpo_pl.comparison.command import compare
 from bfpo_pl.comparison.tables import front_text, mean_text
@@ -30,7 +34,7 @@ RESULTS = ROOT / "benchmarks/results/ablations"
 IMAGES = ROOT / "docs/images/ablations"
 PAGE = ROOT / "docs/ablations.md"
 BASELINES = {"labeling": "bfpo"}
-TOGETHER = {"soft_flags": "noise"}
+TOGETHER = {"noise": ["ablation-noise", "ablation-soft_flags", "ablation-noise_tau"]}
 TUNED = ("ablation-tune", "ablation-tune_dpo", "ablation-tune_trainable")
 VALIDATION = "val/microworld/greedy/"
 FURTHER = [f"test/microworld/{name}" for name in ("greedy/harmful/malformed", "t0.5/helpfulness", "t0.5/harmlessness")]
@@ -80,20 +84,15 @@ def _rank(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def collect(sweeps: Path) -> None:
     """Compares each sweep; keeps record and figures, and fills the tables of docs/ablations.md."""
-    for folder in sorted(sweeps.iterdir()):
-        name = folder.name.removeprefix("ablation-")
-        if folder.name == "sft" or folder.name in TUNED or not any(folder.glob("trials/*/trial.json")):
-            continue
+    for name in ("labeling", "noise", "conflict", "alpha", "tau", "b1", "streams", "trainable", "nll"):
+        folders = [
+            sweeps / sweep for sweep in TOGETHER.get(name, ["labeling" if name == "labeling" else f"ablation-{name}"])
+        ]
         target = RESULTS / name
-        both = [folder, sweeps / f"ablation-{TOGETHER[name]}"] if name in TOGETHER else [folder]
-        comparison = compare(
-            [str(each) for each in both], to=str(target), baseline=BASELINES.get(name), metrics=FURTHER
-        )
-        trials = SweepFolder(folder).trials()
-        environments = [json.loads(file.read_text()) for file in folder.glob("trials/*/*/*/environment.json")]
+        comparison = compare([str(folder) for folder in folders], str(target), BASELINES.get(name), metrics=FURTHER)
+        trials = [trial for folder in folders for trial in SweepFolder(folder).trials()]
         record = {
-            "revisions": sorted({str(each["git"]) for each in environments}),
-            "environment": environments[0],
+            "machine": cpu_model(),
             "trials": len(trials),
             "seconds": {"mean": mean(trial.seconds for trial in trials), "sum": sum(trial.seconds for trial in trials)},
         }
@@ -101,8 +100,11 @@ def collect(sweeps: Path) -> None:
         (target / "report.html").unlink()  # large; `bfpo compare` makes it again
         (IMAGES / name).mkdir(parents=True, exist_ok=True)
         for figure in target.glob("*.png"):
-            shutil.move(figure, IMAGES / name / figure.name)
-        order = [trial_id(values) for each in both for values in grid(read_spec(each / "sweep.yaml"))]
+            if figure.stem.startswith("by_") or name == "labeling":
+                shutil.move(figure, IMAGES / name / figure.name)
+            else:
+                figure.unlink()
+        order = [trial_id(values) for folder in folders for values in grid(read_spec(folder / "sweep.yaml"))]
         fill(name, table(comparison, order))
 
 
