@@ -129,6 +129,9 @@ class SweepFolder:
         claim = self.folder(trial) / CLAIM
         if self._is_alive(claim):
             return False
+        record = self._read(self.folder(trial) / TRIAL)
+        if record is not None and (record["status"], record["attempts"]) != (trial.status, trial.attempts):
+            return False  # another process ran it since the caller read the record
         trial.status, trial.attempts, trial.error, trial.host = RUNNING, trial.attempts + 1, None, socket.gethostname()
         self.write(trial)
         self._claim(trial)
@@ -146,8 +149,9 @@ class SweepFolder:
 
     def release(self, trial: Trial) -> None:
         """Records what became of a trial that this process had taken."""
-        self.write(trial)
-        (self.folder(trial) / CLAIM).unlink(missing_ok=True)
+        with self._writing(), self.locked():  # or one that looks for trials sees the old record, and no claim
+            self.write(trial)
+            (self.folder(trial) / CLAIM).unlink(missing_ok=True)
         self.mine.discard(trial.id)
 
     def beat(self) -> None:

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from bfpo_pl.component import RunError, UserError
 from bfpo_pl.sweep.spec import read_spec
-from bfpo_pl.sweep.store import CLAIM, FINISHED, STALE, SweepFolder, Trial, trial_id
+from bfpo_pl.sweep.store import CLAIM, FINISHED, RUNNING, STALE, SweepFolder, Trial, trial_id
 
 
 def test_ids_do_not_depend_on_the_order_of_the_keys():
@@ -38,6 +39,35 @@ def test_a_trial_is_taken_once(folder):
     (found,) = folder.trials()
     assert (found.status, found.attempts, found.parameters) == (FINISHED, 1, {"a": 1})
     assert not (folder.folder(trial) / CLAIM).exists()
+
+
+def test_a_trial_that_ended_since_it_was_read_is_not_taken_again(folder):
+    other = SweepFolder(folder.path)
+    with folder.locked():
+        folder.take(Trial("t", {}))
+    (seen,) = other.trials()  # running
+    mine = folder.trials()[0]
+    mine.status = FINISHED
+    folder.release(mine)
+    with other.locked():
+        assert not other.take(seen)
+    assert [trial.status for trial in folder.trials()] == [FINISHED]
+
+
+def test_a_trial_does_not_end_while_another_process_looks_for_one(folder):
+    trial = Trial("t", {})
+    with folder.locked():
+        folder.take(trial)
+    trial.status = FINISHED
+    ending = threading.Thread(target=folder.release, args=(trial,), daemon=True)
+    with SweepFolder(folder.path).locked():
+        ending.start()
+        ending.join(timeout=0.5)
+        assert (folder.folder(trial) / CLAIM).exists()
+        assert [found.status for found in folder.trials()] == [RUNNING]
+    ending.join(timeout=20)
+    assert not (folder.folder(trial) / CLAIM).exists()
+    assert [found.status for found in folder.trials()] == [FINISHED]
 
 
 def test_a_trial_of_a_process_that_died_is_free(folder):
