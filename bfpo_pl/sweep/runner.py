@@ -61,7 +61,8 @@ class Runner:
         self.spec, self.folder, self.plan = spec, folder, plan
         self.workers, self.max_failures, self.show = workers, max_failures, show
         self.signal: int | None = None
-        self._again = {trial.id for trial in folder.trials() if retry_failed and trial.status == FAILED}
+        failed = [trial for trial in folder.trials() if retry_failed and trial.status == FAILED]
+        self._again = {trial.id: trial.attempts for trial in failed}  # as often as now: another machine may retry, too
         self._slots: dict[int, _Slot] = {}
         self._failed = 0
 
@@ -115,9 +116,9 @@ class Runner:
         """A trial that was left, or the plan's next."""
         known = [trial for trial in self.folder.trials() if self.plan.includes(trial)]
         for trial in known:
-            left = trial.status in (PENDING, STOPPED, RUNNING) or trial.id in self._again
+            again = trial.status == FAILED and self._again.get(trial.id) == trial.attempts
+            left = trial.status in (PENDING, STOPPED, RUNNING) or again
             if left and not self.folder.is_taken(trial) and self.folder.take(trial):
-                self._again.discard(trial.id)
                 return trial
         drawn = self.plan.next_trial(known)
         return drawn if drawn is not None and self.folder.take(drawn) else None
