@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,9 @@ STOP_CODES = {128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGUSR1, -
 LOOK_EVERY = 0.2
 SEARCH_EVERY = 2.0
 """Seconds between searches for a trial while nothing ends here: each reads all records, which may lie on a network."""
+SHOW_EVERY = 10.0
 BEAT_EVERY = 10.0
+"""Seconds between signs of life."""
 
 
 @dataclass
@@ -68,8 +71,8 @@ class Runner:
 
     def run(self) -> list[Trial]:
         """Runs what is left to run; returns all recorded trials."""
-        beat = searched = -math.inf
-        with self._signals():
+        shown = searched = -math.inf
+        with self._signals(), self._signs_of_life():
             try:
                 while True:
                     changed = self._reap()
@@ -78,11 +81,9 @@ class Runner:
                         if not self._slots and (self.signal or self.gives_up or not self._is_work_left()):
                             break
                         searched = time.monotonic()
-                    if time.monotonic() - beat > BEAT_EVERY:
-                        self.folder.beat()
-                        beat, changed = time.monotonic(), True
-                    if changed:
+                    if changed or time.monotonic() - shown > SHOW_EVERY:
                         self._tell()
+                        shown = time.monotonic()
                     time.sleep(LOOK_EVERY)
             finally:
                 self._end()
@@ -169,6 +170,23 @@ class Runner:
         while self._slots:
             self._reap()
             time.sleep(LOOK_EVERY)
+
+    @contextmanager
+    def _signs_of_life(self) -> Iterator[None]:
+        """Shows others that this process lives, whatever it waits for: starting a first trial may take minutes."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(BEAT_EVERY):
+                self.folder.beat()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

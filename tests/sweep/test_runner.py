@@ -1,9 +1,12 @@
 """Which trials a sweep's runner takes, and what it says of them; the trials are programs that do little."""
 
+import os
 import sys
+import time
 
 import pytest
 
+from bfpo_pl.sweep import runner as running
 from bfpo_pl.sweep.drawing import plan_of
 from bfpo_pl.sweep.runner import Runner
 from bfpo_pl.sweep.spec import read_spec
@@ -50,3 +53,21 @@ def test_a_retry_runs_what_failed_once(runner):
     assert {trial.attempts for trial in folder.trials()} == {1}
     runner(failing, retry_failed=True).run()
     assert sorted((trial.status, trial.attempts) for trial in folder.trials()) == [(FAILED, 2), (FINISHED, 1)]
+
+
+def test_signs_of_life_do_not_wait_for_what_the_sweep_waits_for(runner, monkeypatch):
+    monkeypatch.setattr(running, "BEAT_EVERY", 0.05)
+    seen = []
+
+    def show(trials, shown):
+        claims = list(sweep.folder.path.glob("trials/*/claim.json"))
+        if claims and not seen:
+            os.utime(claims[0], (0, 0))
+            end = time.monotonic() + 20
+            while claims[0].stat().st_mtime == 0 and time.monotonic() < end:
+                time.sleep(0.01)
+            seen.append(claims[0].stat().st_mtime)
+
+    sweep = runner(show=show)
+    sweep.run()
+    assert seen[0] > 0

@@ -1,17 +1,13 @@
 """Who may run a trial, and what the folder of a sweep keeps."""
 
-import json
-import os
 import subprocess
-import sys
 import threading
-import time
 
 import pytest
 
 from bfpo_pl.component import RunError, UserError
 from bfpo_pl.sweep.spec import read_spec
-from bfpo_pl.sweep.store import CLAIM, FINISHED, RUNNING, STALE, SweepFolder, Trial, trial_id
+from bfpo_pl.sweep.store import CLAIM, FINISHED, RUNNING, SweepFolder, Trial, trial_id
 
 
 def test_ids_do_not_depend_on_the_order_of_the_keys():
@@ -21,12 +17,6 @@ def test_ids_do_not_depend_on_the_order_of_the_keys():
 @pytest.fixture
 def folder(tmp_path):
     return SweepFolder(tmp_path / "sweep")
-
-
-def claim_of(folder, trial, **owner):
-    path = folder.folder(trial) / CLAIM
-    path.write_text(json.dumps({"host": "elsewhere", "processes": [1]} | owner))
-    return path
 
 
 def test_a_trial_is_taken_once(folder):
@@ -68,36 +58,6 @@ def test_a_trial_does_not_end_while_another_process_looks_for_one(folder):
     ending.join(timeout=20)
     assert not (folder.folder(trial) / CLAIM).exists()
     assert [found.status for found in folder.trials()] == [FINISHED]
-
-
-def test_a_trial_of_a_process_that_died_is_free(folder):
-    trial = Trial("t", {})
-    folder.write(trial)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    claim_of(folder, trial, host=os.uname().nodename, processes=[dead.pid])
-    assert not folder.is_taken(trial)
-    claim_of(folder, trial, host=os.uname().nodename, processes=[dead.pid, os.getppid()])
-    assert folder.is_taken(trial)
-
-
-def test_a_trial_of_another_machine_is_free_when_that_gives_no_sign_of_life(folder):
-    trial = Trial("t", {})
-    folder.write(trial)
-    claim = claim_of(folder, trial)
-    assert folder.is_taken(trial)
-    old = time.time() - STALE - 5
-    os.utime(claim, (old, old))
-    assert not folder.is_taken(trial)
-
-
-def test_signs_of_life(folder):
-    trial = Trial("t", {})
-    folder.take(trial)
-    claim = folder.folder(trial) / CLAIM
-    os.utime(claim, (0, 0))
-    folder.beat()
-    assert time.time() - claim.stat().st_mtime < 60
 
 
 @pytest.fixture
