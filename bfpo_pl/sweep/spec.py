@@ -137,10 +137,7 @@ def read_spec(path: str | Path) -> SweepSpec:
     metric, maximize = _metric(path, said.get("metric"))
     if method == "bayes" and metric is None:
         raise UserError(f"{path}: method bayes needs metric.name and metric.goal.")
-    given = said.get("parameters")
-    if not isinstance(given, dict) or not given:
-        raise UserError(f"{path}: parameters must map keys such as model.loss.tau to what they may be; it is empty.")
-    parameters = dict(_parameters(path, given, ""))
+    parameters = dict(_parameters(path, said.get("parameters"), "", "parameters"))
     for key, parameter in parameters.items():
         if method == "grid" and parameter.distribution in UNIFORM:
             raise UserError(f"{path}: parameters.{key} is a range, of which no grid can be made; give it values.")
@@ -188,21 +185,38 @@ def _command(path: Path, said: Any) -> tuple[str, ...]:
     return tuple(str(word) for word in said)
 
 
-def _parameters(path: Path, given: dict[str, Any], prefix: str) -> Iterator[tuple[str, Parameter]]:
+def _parameters(path: Path, given: Any, prefix: str, where: str) -> Iterator[tuple[str, Parameter]]:
+    if not isinstance(given, dict) or not given:
+        raise UserError(f"{path}: {where} must map keys such as model.loss.tau to what they may be, not {given!r}.")
     for name, said in given.items():
         key = f"{prefix}{name}"
         if not isinstance(said, dict):
             raise UserError(f"{path}: parameters.{key} must say value, values or a distribution, not {said!r}.")
         _known(path, said, PARAMETER_KEYS, f"parameters.{key}.")
         if "parameters" in said:
-            yield from _parameters(path, said["parameters"], f"{key}.")
+            yield from _parameters(path, said["parameters"], f"{key}.", f"parameters.{key}.parameters")
         else:
             yield key, _parameter(path, key, said)
+
+
+def _plain(value: Any, where: str) -> None:
+    """Refuses what no command line, and no record of a trial, can hold: YAML reads some texts as dates."""
+    if isinstance(value, list):
+        for each in value:
+            _plain(each, where)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            _plain(each, where)
+            if not isinstance(key, str):
+                raise UserError(f"{where} has the key {key!r}, which is no text; put it in quotes.")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise UserError(f"{where} has {value}, which YAML reads as {type(value).__name__}; put it in quotes.")
 
 
 def _parameter(path: Path, key: str, said: dict[str, Any]) -> Parameter:
     where = f"{path}: parameters.{key}"
     if "value" in said:
+        _plain(said["value"], f"{where}.value")
         return Parameter((said["value"],))
     if "values" in said:
         values = said["values"]
@@ -211,6 +225,8 @@ def _parameter(path: Path, key: str, said: dict[str, Any]) -> Parameter:
         doubled = [value for index, value in enumerate(values) if value in values[:index]]
         if doubled:
             raise UserError(f"{where}.values has {doubled[0]!r} twice.")
+        for value in values:
+            _plain(value, f"{where}.values")
         return Parameter(tuple(values))
     low, high = said.get("min"), said.get("max")
     if not isinstance(low, int | float) or not isinstance(high, int | float) or not low < high:
