@@ -50,8 +50,9 @@ def run_sweeps(
         UserError: The file is wrong.
         RunError: Trials failed, the sweep was stopped, or its folder cannot be written.
     """
-    if workers < 1:
-        raise UserError(f"--workers must be at least 1, not {workers}.")
+    for option, number in (("workers", workers), ("trials", trials), ("max_failures", max_failures)):
+        if number is not None and number < 1:
+            raise UserError(f"--{option} must be at least 1, not {number}.")
     if name is not None and len(specs) > 1:
         raise UserError("--name is for one sweep file; name several in the files.")
     read = [read_spec(spec) for spec in specs]  # a mistake in the last is said before the first runs

@@ -79,3 +79,13 @@ def test_two_sweeps_of_one_folder_share_its_trials(sweep, tmp_path):
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(timeout=200) for process in both] == [0, 0]
     assert starts(tmp_path) == dict.fromkeys(range(12), 1)
+
+
+@pytest.mark.parametrize("option", ["workers", "trials", "max_failures"])
+@pytest.mark.parametrize("number", [0, -1])
+def test_numbers_below_one(sweep, tmp_path, capsys, option, number):
+    with pytest.raises(SystemExit) as ended:
+        sweep(f"--{option}={number}")
+    assert ended.value.code == 2
+    assert f"--{option} must be at least 1, not {number}." in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
