@@ -111,9 +111,15 @@ class SweepSpec:
         return [key for key, parameter in self.parameters.items() if len(parameter.values) != 1]
 
     def identity(self) -> str:
-        """A digest of what makes trials of two sweeps comparable: all but the values of the parameters."""
+        """A digest of what makes trials of two sweeps comparable: all but its values, ranges and metric."""
         said = [self.method, self.program, list(self.command), sorted(self.parameters)]
         return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+
+    def ranges(self) -> dict[str, Any]:
+        """What each parameter is drawn from, as plain data; a grid draws nothing."""
+        if self.method == "grid":
+            return {}
+        return json.loads(json.dumps({key: vars(parameter) for key, parameter in self.parameters.items()}))
 
     def files(self) -> dict[str, str]:
         """Digests of the files that the command and the parameters name, so that a change is seen."""

@@ -17,6 +17,7 @@ from filelock import FileLock
 from bfpo_pl.checkpoints.atomic import write_text
 from bfpo_pl.component import RunError, UserError
 from bfpo_pl.sweep.claims import beat, is_alive, is_own, read_claim, write_claim
+from bfpo_pl.sweep.results import last_value
 from bfpo_pl.sweep.spec import SweepSpec
 
 PENDING, RUNNING, FINISHED, FAILED, STOPPED = "pending", "running", "finished", "failed", "stopped"
@@ -73,27 +74,56 @@ class SweepFolder:
         """Makes the folder, or checks that it is the same sweep's.
 
         Raises:
-            UserError: It is another sweep's, or a config that trials ran with has changed since.
+            UserError: It is another sweep's: another command, method, or keys; of a random or bayes sweep, other
+                values; of a bayes sweep, another metric. Or a config that trials ran with has changed since.
             RunError: It cannot be written.
         """
         with self._writing(), self.locked():
             record = self._read(self.path / "sweep.json") or {}
-            if record and record["identity"] != spec.identity():
-                raise UserError(
-                    f"{self.path} is the folder of another sweep: the command, method or keys of {spec.path} have "
-                    f"changed. Give this one a name of its own: --name NEW."
-                )
-            files = spec.files()
-            before = record.get("files", {})
-            changed = [name for name, digest in files.items() if before.get(name, digest) != digest]
-            if changed:
-                raise UserError(
-                    f"{', '.join(changed)} changed since trials of {self.path} ran with it; new trials would not be "
-                    f"comparable. Put it back, or start a sweep of its own: --name NEW."
-                )
+            metric = {"name": spec.metric, "goal": "maximize" if spec.maximize else "minimize"}
+            self._check(record, spec, metric)
+            if record.get("metric", metric)["name"] != spec.metric:
+                self._read_metric_anew(spec.metric)
             write_text(self.path / "sweep.yaml", spec.text)
-            content = {"identity": spec.identity(), "files": {**before, **files}}
+            files = {**record.get("files", {}), **spec.files()}
+            content = {"identity": spec.identity(), "files": files, "ranges": spec.ranges(), "metric": metric}
             write_text(self.path / "sweep.json", json.dumps(content, indent=2) + "\n")
+
+    def _check(self, record: dict[str, Any], spec: SweepSpec, metric: dict[str, Any]) -> None:
+        """Refuses a sweep that is not the recorded one. What an earlier version did not record is not compared."""
+        anew = "Give this one a name of its own: --name NEW."
+        if record.get("identity", spec.identity()) != spec.identity():
+            raise UserError(
+                f"{self.path} is the folder of another sweep: the command, method or keys of {spec.path} have "
+                f"changed. {anew}"
+            )
+        ranges = record.get("ranges", {})
+        changed = [key for key, said in spec.ranges().items() if ranges.get(key, said) != said]
+        if changed:
+            raise UserError(
+                f"{self.path} is the folder of another sweep: what a {spec.method} sweep draws from cannot change, and "
+                f"{spec.path} has other values for {', '.join(changed)}. {anew}"
+            )
+        before = record.get("metric", metric)
+        if spec.method == "bayes" and before != metric:
+            raise UserError(
+                f"{self.path} is the folder of another sweep: its trials were drawn to {before['goal']} "
+                f"{before['name']}, and {spec.path} would {metric['goal']} {metric['name']}. {anew}"
+            )
+        files = record.get("files", {})
+        changed = [name for name, digest in spec.files().items() if files.get(name, digest) != digest]
+        if changed:
+            raise UserError(
+                f"{', '.join(changed)} changed since trials of {self.path} ran with it; new trials would not be "
+                f"comparable. Put it back, or start a sweep of its own: --name NEW."
+            )
+
+    def _read_metric_anew(self, metric: str | None) -> None:
+        """Finished trials get the value of the metric that the file names now."""
+        for trial in self.trials():
+            if trial.status == FINISHED and trial.run is not None:
+                trial.metric = None if metric is None else last_value(self.folder(trial) / trial.run, metric)
+                self.write(trial)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

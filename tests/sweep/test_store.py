@@ -1,5 +1,6 @@
 """Who may run a trial, and what the folder of a sweep keeps."""
 
+import json
 import subprocess
 import threading
 
@@ -7,7 +8,7 @@ import pytest
 
 from bfpo_pl.component import RunError, UserError
 from bfpo_pl.sweep.spec import read_spec
-from bfpo_pl.sweep.store import CLAIM, FINISHED, RUNNING, SweepFolder, Trial, trial_id
+from bfpo_pl.sweep.store import CLAIM, FAILED, FINISHED, RUNNING, SweepFolder, Trial, trial_id
 
 
 def test_ids_do_not_depend_on_the_order_of_the_keys():
@@ -78,6 +79,67 @@ def test_a_sweep_may_grow_but_not_become_another(folder, spec):
     folder.open(spec([1, 2]))
     with pytest.raises(UserError, match=r"is the folder of another sweep.*--name NEW"):
         folder.open(spec([1], "[bfpo, sft]"))
+
+
+DRAWN = """
+method: {method}
+metric: {{name: {metric}, goal: {goal}}}
+parameters: {{x: {{min: 0.0, max: {most}}}, kind: {{values: {values}}}}}
+"""
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    def read(method="random", metric="loss", goal="minimize", most=1.0, values=("a", "b")):
+        path = tmp_path / "drawn.yaml"
+        path.write_text(
+            DRAWN.format(method=method, metric=metric, goal=goal, most=most, values=f"[{', '.join(values)}]")
+        )
+        return read_spec(path)
+
+    return read
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+@pytest.mark.parametrize(("change", "key"), [({"values": "abc"}, "kind"), ({"most": 2.0}, "x")])
+def test_what_is_drawn_from_cannot_change(folder, drawn, method, change, key):
+    folder.open(drawn(method))
+    folder.open(drawn(method))
+    with pytest.raises(UserError, match=rf"what a {method} sweep draws from cannot change.* for {key}\. .*--name"):
+        folder.open(drawn(method, **change))
+
+
+@pytest.mark.parametrize("change", [{"metric": "accuracy"}, {"goal": "maximize"}])
+def test_what_bayes_learns_from_cannot_change(folder, drawn, change):
+    folder.open(drawn("bayes"))
+    with pytest.raises(UserError, match=r"were drawn to minimize loss, and .* would (minimize accuracy|maximize loss)"):
+        folder.open(drawn("bayes", **change))
+
+
+def test_a_folder_of_an_earlier_version_is_taken_as_it_is(folder, drawn):
+    folder.open(drawn("bayes"))
+    record = folder.path / "sweep.json"
+    before = json.loads(record.read_text())
+    record.write_text(json.dumps({"identity": before["identity"], "files": {}}))
+    changed = drawn("bayes", metric="accuracy", most=2.0)
+    folder.open(changed)
+    with pytest.raises(UserError, match="draws from cannot change"):  # known from now on
+        folder.open(drawn("bayes", metric="accuracy"))
+
+
+def test_another_metric_is_read_from_the_trials_that_have_finished(folder, drawn):
+    folder.open(drawn())
+    run = folder.path / "trials/t/exp/run"
+    run.mkdir(parents=True)
+    (run / "metrics.csv").write_text("step,loss,accuracy\n1,0.5,0.25\n2,,0.75\n")
+    folder.write(Trial("t", {}, status=FINISHED, metric=0.5, run="exp/run"))
+    folder.write(Trial("u", {}, status=FAILED))
+    folder.open(drawn(goal="maximize"))
+    assert [trial.metric for trial in folder.trials()] == [0.5, None]
+    folder.open(drawn(metric="accuracy"))
+    assert [trial.metric for trial in folder.trials()] == [0.75, None]
+    folder.open(drawn(metric="none"))
+    assert [trial.metric for trial in folder.trials()] == [None, None]
 
 
 def test_a_config_that_changed_is_refused(folder, spec, tmp_path):
