@@ -78,7 +78,7 @@ def _run(
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     with Progress(said, plan.total, workers, console) as progress:
-        runner = Runner(said, folder, plan, workers, max_failures, retry_failed, progress.show)
+        runner = Runner(said, folder, plan, workers, max_failures, retry_failed, progress.show, progress.say)
         found = runner.run()
     mine = [trial for trial in found if plan.includes(trial)]
     console.print(progress.table(mine, {}))
@@ -93,6 +93,11 @@ def _judge(runner: Runner, trials: list[Trial], folder: SweepFolder) -> None:
         stopped = SweepStopped(f"The sweep was stopped. The same command goes on with it ({folder.path}).")
         stopped.exit_code = 128 + runner.signal
         raise stopped
+    if runner.learns_nothing:
+        raise RunError(
+            f"A bayes sweep learns from its metric, and there is none to learn from: {runner.no_metric} Mend "
+            f"metric.name in {runner.spec.path}, and start it under a name of its own: --name NEW."
+        )
     failed = [trial for trial in trials if trial.status == FAILED]
     if failed:
         gave_up = " and the sweep gave up" if runner.gives_up else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import math
 from pathlib import Path
 
@@ -24,6 +25,19 @@ def last_value(run: Path, metric: str) -> float | None:
     except OSError:
         return None
     return float(values[-1]) if values and math.isfinite(float(values[-1])) else None
+
+
+def missing_column(run: Path, metric: str) -> str | None:
+    """What to say if a run's metrics.csv lacks the column of a metric; None if it has it."""
+    try:
+        with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            columns = csv.DictReader(file).fieldnames or []
+    except OSError:
+        columns = []
+    if metric in columns:
+        return None
+    near = difflib.get_close_matches(metric, columns, 3, cutoff=0.5)
+    return f"{run / 'metrics.csv'} has no column {metric}" + (f"; near it: {', '.join(near)}." if near else ".")
 
 
 def reason(run: Path | None, log: Path, code: int) -> str:

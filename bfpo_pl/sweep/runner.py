@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bfpo_pl.runs import usable_cores
 from bfpo_pl.sweep.drawing import Plan
 from bfpo_pl.sweep.expansion import expanded
 from bfpo_pl.sweep.processes import Running, start
-from bfpo_pl.sweep.results import last_value, reason, run_folder
+from bfpo_pl.sweep.results import last_value, missing_column, reason, run_folder
 from bfpo_pl.sweep.spec import SweepSpec
 from bfpo_pl.sweep.store import FAILED, FINISHED, PENDING, RUNNING, STOPPED, SweepFolder, Trial, elapsed
 
@@ -49,6 +50,7 @@ class Runner:
         max_failures: Failed trials after which no more are started.
         retry_failed: Whether trials that failed before are run once more.
         show: Called whenever something has changed, with all recorded trials.
+        say: Called with what is to be said once.
     """
 
     def __init__(
@@ -60,10 +62,13 @@ class Runner:
         max_failures: int,
         retry_failed: bool,
         show: Callable[[list[Trial], dict[str, float]], None],
+        say: Callable[[str], None],
     ) -> None:
         self.spec, self.folder, self.plan = spec, folder, plan
-        self.workers, self.max_failures, self.show = workers, max_failures, show
+        self.workers, self.max_failures, self.show, self.say = workers, max_failures, show, say
         self.signal: int | None = None
+        self.no_metric: str | None = None
+        """Where the first run that has finished lacks the sweep's metric."""
         failed = [trial for trial in folder.trials() if retry_failed and trial.status == FAILED]
         self._again = {trial.id: trial.attempts for trial in failed}  # as often as now: another machine may retry, too
         self._slots: dict[int, _Slot] = {}
@@ -78,7 +83,7 @@ class Runner:
                     changed = self._reap()
                     if changed or time.monotonic() - searched > SEARCH_EVERY:
                         changed |= self._fill()
-                        if not self._slots and (self.signal or self.gives_up or not self._is_work_left()):
+                        if not self._slots and (self._stops or not self._is_work_left()):
                             break
                         searched = time.monotonic()
                     if changed or time.monotonic() - shown > SHOW_EVERY:
@@ -99,11 +104,20 @@ class Runner:
         """Whether too many trials failed."""
         return self._failed >= self.max_failures
 
+    @property
+    def learns_nothing(self) -> bool:
+        """Whether the trials are drawn from a metric that they do not have."""
+        return self.spec.method == "bayes" and self.no_metric is not None
+
+    @property
+    def _stops(self) -> bool:
+        return bool(self.signal) or self.gives_up or self.learns_nothing
+
     def _fill(self) -> bool:
         """Starts trials in the free places."""
         changed = False
         for place in range(self.workers):
-            if place in self._slots or self.signal or self.gives_up:
+            if place in self._slots or self._stops:
                 continue
             with self.folder.locked():
                 trial = self._take()
@@ -148,8 +162,7 @@ class Runner:
             run = run_folder(folder)
             trial.run = None if run is None else str(run.relative_to(folder))
             if code == 0:
-                trial.status = FINISHED
-                trial.metric = None if run is None or self.spec.metric is None else last_value(run, self.spec.metric)
+                trial.status, trial.metric = FINISHED, self._metric(run, folder)
             elif self.signal and code in STOP_CODES:
                 trial.status = STOPPED
             else:
@@ -159,6 +172,21 @@ class Runner:
                 self.plan.tell(trial)
             self.folder.release(trial)
         return bool(ended)
+
+    def _metric(self, run: Path | None, folder: Path) -> float | None:
+        """A finished trial's metric. If it has no such column, this is said once: the name may be mistaken."""
+        metric = self.spec.metric
+        if metric is None:
+            return None
+        value = None if run is None else last_value(run, metric)
+        if value is None and self.no_metric is None:
+            if run is not None:
+                self.no_metric = missing_column(run, metric)
+            elif self.spec.method == "bayes":  # elsewhere any program may run
+                self.no_metric = f"{folder} has no run of bfpo's, and so no {metric}."
+            if self.no_metric is not None:
+                self.say(self.no_metric)
+        return value
 
     def _end(self) -> None:
         """Asks what still runs to save and end, and waits for it."""

@@ -12,6 +12,53 @@ from bfpo_pl.sweep.store import FAILED, FINISHED, SweepFolder
 TRIAL = Path(__file__).parent / "trial.py"
 
 
+RUN = """
+import pathlib, sys
+[claim] = pathlib.Path(sys.argv[1]).glob("runs/sweeps/sweep/trials/*/claim.json")
+run = claim.parent / "exp" / "run"
+run.mkdir(parents=True)
+(run / "status.json").write_text('{"state": "finished"}')
+(run / "metrics.csv").write_text("step,val/all/all/loss,val/all/all/margin\\n1,0.5,2.0\\n")
+"""
+"""Leaves in its trial's folder what a run of bfpo's leaves."""
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Runs a sweep whose trials leave a metrics.csv."""
+
+    def call(method, metric):
+        (tmp_path / "run.py").write_text(RUN)
+        path = tmp_path / "sweep.yaml"
+        path.write_text(
+            f"method: {method}\nmetric: {{name: {metric}, goal: minimize}}\nrun_cap: 3\nparameters: {{a: {{values: "
+            f"[1, 2, 3]}}}}\ncommand: [{sys.executable}, {tmp_path / 'run.py'}, {tmp_path}]\n"
+        )
+        return main(["sweep", str(path), f"--runs={tmp_path / 'runs'}"])
+
+    return call
+
+
+def test_a_mistaken_metric_is_said_once(measured, capsys):
+    assert [trial.metric for trial in measured("grid", "val/all/all/los")] == [None] * 3
+    said = capsys.readouterr().out
+    assert said.count("metrics.csv has no column val/all/all/los; near it: val/all/all/loss, ") == 1
+
+
+def test_bayes_stops_where_there_is_nothing_to_learn_from(measured, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    with pytest.raises(SystemExit) as ended:
+        measured("bayes", "val/all/all/los")
+    assert ended.value.code == 1
+    assert "has no column val/all/all/los; near it: val/all/all/loss, " in capsys.readouterr().err
+    assert [trial.status for trial in SweepFolder(tmp_path / "runs/sweeps/sweep").trials()] == [FINISHED]
+
+
+def test_a_metric_that_is_there(measured, capsys):
+    assert [trial.metric for trial in measured("grid", "val/all/all/loss")] == [0.5] * 3
+    assert "no column" not in capsys.readouterr().out
+
+
 @pytest.fixture
 def sweep(tmp_path):
     def call(*arguments, further=(), numbers=range(6)):

@@ -19,12 +19,12 @@ NOTHING = [sys.executable, "-c", ""]
 def runner(tmp_path):
     """A runner of a grid of two numbers."""
 
-    def make(command=NOTHING, retry_failed=False, show=lambda trials, running: None):
+    def make(command=NOTHING, retry_failed=False, show=lambda trials, running: None, say=print):
         path = tmp_path / "sweep.yaml"
         path.write_text(f"method: grid\nparameters: {{number: {{values: [0, 1]}}}}\ncommand: {command}\n")
         spec, folder = read_spec(path), SweepFolder(tmp_path / "folder")
         folder.open(spec)
-        return Runner(spec, folder, plan_of(spec, folder, None), 1, 10, retry_failed, show)
+        return Runner(spec, folder, plan_of(spec, folder, None), 1, 10, retry_failed, show, say)
 
     return make
 
