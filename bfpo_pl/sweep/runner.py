@@ -17,7 +17,7 @@ from bfpo_pl.runs import usable_cores
 from bfpo_pl.sweep.drawing import Plan
 from bfpo_pl.sweep.expansion import expanded
 from bfpo_pl.sweep.processes import Running, start
-from bfpo_pl.sweep.results import last_value, missing_column, reason, run_folder
+from bfpo_pl.sweep.results import Before, before_attempt, last_value, missing_column, reason, run_folder
 from bfpo_pl.sweep.spec import SweepSpec
 from bfpo_pl.sweep.store import FAILED, FINISHED, PENDING, RUNNING, STOPPED, SweepFolder, Trial, elapsed
 
@@ -37,6 +37,7 @@ class _Slot:
     trial: Trial
     process: Running
     since: float
+    before: Before
 
 
 class Runner:
@@ -148,9 +149,11 @@ class Runner:
         further = [f"--runs={folder}", "--resume=auto"]
         environment = {"WANDB_RUN_GROUP": self.spec.name, "WANDB_JOB_TYPE": "trial"} | _share(place, self.workers)
         words = expanded(self.spec, trial.parameters)
-        process = start(words, further, folder / "log.txt", environment)
+        log = folder / "log.txt"
+        before = before_attempt(folder, log)
+        process = start(words, further, log, environment)
         self.folder.started(trial, process.pid)
-        self._slots[place] = _Slot(trial, process, time.monotonic())
+        self._slots[place] = _Slot(trial, process, time.monotonic(), before)
 
     def _reap(self) -> bool:
         """Records the trials that ended."""
@@ -166,7 +169,7 @@ class Runner:
             elif self.signal and code in STOP_CODES:
                 trial.status = STOPPED
             else:
-                trial.status, trial.error = FAILED, reason(run, folder / "log.txt", code)
+                trial.status, trial.error = FAILED, reason(run, folder / "log.txt", code, slot.before)
                 self._failed += 1
             if trial.status != STOPPED:
                 self.plan.tell(trial)
