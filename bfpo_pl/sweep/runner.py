@@ -147,13 +147,20 @@ class Runner:
     def _start(self, place: int, trial: Trial) -> None:
         folder = self.folder.folder(trial).absolute()
         further = [f"--runs={folder}", "--resume=auto"]
-        environment = {"WANDB_RUN_GROUP": self.spec.name, "WANDB_JOB_TYPE": "trial"} | _share(place, self.workers)
+        environment = self._for_wandb() | _share(place, self.workers)
         words = expanded(self.spec, trial.parameters)
         log = folder / "log.txt"
         before = before_attempt(folder, log)
         process = start(words, further, log, environment)
         self.folder.started(trial, process.pid)
         self._slots[place] = _Slot(trial, process, time.monotonic(), before)
+
+    def _for_wandb(self) -> dict[str, str]:
+        """What W&B is to know of a trial; what the user has set comes first."""
+        said = {"WANDB_RUN_GROUP": self.folder.path.name, "WANDB_JOB_TYPE": "trial"}
+        if self.spec.project is not None:
+            said["WANDB_PROJECT"] = self.spec.project
+        return {name: os.environ.get(name, value) for name, value in said.items()}
 
     def _reap(self) -> bool:
         """Records the trials that ended."""

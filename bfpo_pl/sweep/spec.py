@@ -173,9 +173,10 @@ def read_spec(path: str | Path) -> SweepSpec:
     if run_cap is not None and (not isinstance(run_cap, int) or isinstance(run_cap, bool) or run_cap < 1):
         raise UserError(f"{path}: run_cap must be a whole number above 0, not {run_cap!r}.")
     program = str(said.get("program", "bfpo"))
+    project = said.get("project")
     return SweepSpec(
         path, method, parameters, _command(path, said.get("command")), program, metric, maximize,
-        str(said.get("name") or path.stem), run_cap, said.get("project"), text,
+        str(said.get("name") or path.stem), run_cap, None if project is None else str(project), text,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Sweeps over programs that are not bfpo's: what is run, how often, and what a failure does."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,36 @@ from bfpo_pl.cli import main
 from bfpo_pl.sweep.store import FAILED, FINISHED, SweepFolder
 
 TRIAL = Path(__file__).parent / "trial.py"
+
+
+PRINT = """
+import os
+print({name[6:]: value for name, value in os.environ.items() if name[6:] in ("RUN_GROUP", "JOB_TYPE", "PROJECT")})
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "project", "mine", "expected"),
+    [
+        ([], "safety", {}, {"RUN_GROUP": "sweep", "JOB_TYPE": "trial", "PROJECT": "safety"}),
+        (["--name=second"], None, {}, {"RUN_GROUP": "second", "JOB_TYPE": "trial"}),
+        ([], "safety", {"RUN_GROUP": "g", "PROJECT": "p"}, {"RUN_GROUP": "g", "JOB_TYPE": "trial", "PROJECT": "p"}),
+    ],
+)
+def test_what_wandb_is_told(tmp_path, monkeypatch, options, project, mine, expected):
+    for name in ("RUN_GROUP", "JOB_TYPE", "PROJECT"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    for name, value in mine.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    (tmp_path / "print.py").write_text(PRINT)
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        f"method: grid\nparameters: {{a: {{value: 1}}}}\ncommand: [{sys.executable}, {tmp_path / 'print.py'}]\n"
+        + (f"project: {project}\n" if project else "")
+    )
+    main(["sweep", str(path), f"--runs={tmp_path}", *options])
+    [log] = tmp_path.glob("sweeps/*/trials/*/log.txt")
+    assert ast.literal_eval(log.read_text()) == expected
 
 
 RUN = """
