@@ -1,6 +1,7 @@
 """Sweeps over programs that are not bfpo's: what is run, how often, and what a failure does."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bfpo_pl.cli import main
-from bfpo_pl.sweep.store import FAILED, FINISHED, SweepFolder
+from bfpo_pl.sweep.store import FAILED, FINISHED, RUNNING, SweepFolder
 
 TRIAL = Path(__file__).parent / "trial.py"
 
@@ -167,3 +168,58 @@ def test_numbers_below_one(sweep, tmp_path, capsys, option, number):
     assert ended.value.code == 2
     assert f"--{option} must be at least 1, not {number}." in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_program_that_is_not_there_is_a_failure_of_its_trial(tmp_path, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("method: grid\nparameters: {a: {values: [1, 2]}}\ncommand: [./none.sh]\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", str(path), f"--runs={tmp_path}"])
+    assert ended.value.code == 1
+    assert re.search(
+        r"2 of 2 trials failed; the last: exit code 127: .*\./none\.sh.*: No such file", capsys.readouterr().err
+    )
+    folder = SweepFolder(tmp_path / "sweeps/sweep")
+    assert [trial.status for trial in folder.trials()] == [FAILED] * 2
+    assert not list(folder.path.glob("trials/*/claim.json"))
+
+
+FILL = """
+import pathlib, sys
+started = pathlib.Path(sys.argv[1]) / f"started-{sys.argv[2][-1]}"
+if sys.argv[2] == "--number=1" and not started.exists():
+    with pathlib.Path(sys.argv[3], "filler").open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+with started.open("a") as file:
+    file.write("once")
+"""
+
+
+def test_a_disk_that_fills_up(tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        (tmp_path / "fill.py").write_text(FILL)
+        path = tmp_path / "sweep.yaml"
+        command = [sys.executable, str(tmp_path / "fill.py"), str(tmp_path), "${args}", str(disk)]
+        path.write_text(f"method: grid\nparameters: {{number: {{values: [0, 1, 2]}}}}\ncommand: {command}\n")
+        for _ in range(2):  # it stays full
+            with pytest.raises(SystemExit) as ended:
+                main(["sweep", str(path), f"--runs={disk}"])
+            assert ended.value.code == 1
+            said = capsys.readouterr().err
+            assert "cannot be written: No space left on device" in said
+            assert "the same command goes on once it can" in said
+        folder = SweepFolder(disk / "sweeps/sweep")
+        assert sorted(trial.status for trial in folder.trials()) == [FINISHED, RUNNING]
+        (disk / "filler").unlink()
+        assert [trial.status for trial in main(["sweep", str(path), f"--runs={disk}"])] == [FINISHED] * 3
+        assert starts(tmp_path) == {0: 1, 1: 2, 2: 1}  # that the second had ended could not be recorded
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
