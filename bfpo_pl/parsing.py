@@ -240,6 +240,7 @@ class BFPOCLI(LightningCLI):
             arguments = logger.get("init_args", Namespace())
             own = {"save_dir": str(self.run_folder), "name": self.run_folder.name, "id": self._wandb_id()}
             own["group"] = os.environ.get("WANDB_RUN_GROUP", config.experiment)
+            own["project"] = os.environ.get("WANDB_PROJECT", "bfpo_pl")
             own["job_type"] = os.environ.get("WANDB_JOB_TYPE", self.command)
             for key, value in own.items():
                 if key in arguments and arguments[key] in (None, "."):

@@ -50,8 +50,9 @@ def run_sweeps(
         UserError: The file is wrong.
         RunError: Trials failed, the sweep was stopped, or its folder cannot be written.
     """
-    if workers < 1:
-        raise UserError(f"--workers must be at least 1, not {workers}.")
+    for option, number in (("workers", workers), ("trials", trials), ("max_failures", max_failures)):
+        if number is not None and number < 1:
+            raise UserError(f"--{option} must be at least 1, not {number}.")
     if name is not None and len(specs) > 1:
         raise UserError("--name is for one sweep file; name several in the files.")
     read = [read_spec(spec) for spec in specs]  # a mistake in the last is said before the first runs
@@ -77,7 +78,7 @@ def _run(
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     with Progress(said, plan.total, workers, console) as progress:
-        runner = Runner(said, folder, plan, workers, max_failures, retry_failed, progress.show)
+        runner = Runner(said, folder, plan, workers, max_failures, retry_failed, progress.show, progress.say)
         found = runner.run()
     mine = [trial for trial in found if plan.includes(trial)]
     console.print(progress.table(mine, {}))
@@ -92,6 +93,11 @@ def _judge(runner: Runner, trials: list[Trial], folder: SweepFolder) -> None:
         stopped = SweepStopped(f"The sweep was stopped. The same command goes on with it ({folder.path}).")
         stopped.exit_code = 128 + runner.signal
         raise stopped
+    if runner.learns_nothing:
+        raise RunError(
+            f"A bayes sweep learns from its metric, and there is none to learn from: {runner.no_metric} Mend "
+            f"metric.name in {runner.spec.path}, and start it under a name of its own: --name NEW."
+        )
     failed = [trial for trial in trials if trial.status == FAILED]
     if failed:
         gave_up = " and the sweep gave up" if runner.gives_up else ""

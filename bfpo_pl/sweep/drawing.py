@@ -11,6 +11,9 @@ from bfpo_pl.component import UserError
 from bfpo_pl.sweep.spec import Parameter, SweepSpec, grid
 from bfpo_pl.sweep.store import FINISHED, SweepFolder, Trial, trial_id
 
+RETRIED = "retry of"
+"""Attribute of a trial in Optuna's study: the number of the one that failed before with the same values."""
+
 
 class Plan(ABC):
     """The trials of a sweep, in the order in which they are to run."""
@@ -108,12 +111,31 @@ class Drawn(Plan):
         from optuna.trial import TrialState
 
         good = trial.status == FINISHED and trial.metric is not None
+        if good and self._study.get_trials(deepcopy=False)[trial.drawn].state == TrialState.FAIL:
+            self._add(trial)
+            return
         self._study.tell(
             trial.drawn,
             trial.metric if good else None,
             state=TrialState.COMPLETE if good else TrialState.FAIL,
             skip_if_finished=True,
         )
+
+    def _add(self, trial: Trial) -> None:
+        """Adds a trial that failed before and has now finished: Optuna changes none that has ended."""
+        from optuna.trial import create_trial
+
+        known = self._study.get_trials(deepcopy=False)
+        if any(each.user_attrs.get(RETRIED) == trial.drawn for each in known):
+            return
+        drawn = next(each for each in known if each.number == trial.drawn)
+        again = create_trial(
+            params=drawn.params,
+            distributions=drawn.distributions,
+            value=trial.metric,
+            user_attrs={RETRIED: trial.drawn},
+        )
+        self._study.add_trial(again)
 
 
 def plan_of(spec: SweepSpec, folder: SweepFolder, limit: int | None) -> Plan:

@@ -10,6 +10,9 @@ from typing import Any
 
 from bfpo_pl.sweep.spec import SweepSpec
 
+ENV = "/usr/bin/env"
+"""What ``${env}`` stands for."""
+
 _VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 
 
@@ -22,7 +25,7 @@ def expanded(spec: SweepSpec, parameters: dict[str, Any]) -> list[str]:
     """
     flags = {key: f"{key}={value}" for key, value in parameters.items()}
     macros = {
-        "${env}": ["/usr/bin/env"],
+        "${env}": [ENV],
         "${interpreter}": ["python"],
         "${program}": [spec.program],
         "${args}": [f"--{flag}" for flag in flags.values()],
@@ -46,7 +49,7 @@ def expanded(spec: SweepSpec, parameters: dict[str, Any]) -> list[str]:
 
 def bfpo_arguments(words: list[str]) -> list[str] | None:
     """What follows ``bfpo`` in a command line; None if it runs another program."""
-    rest = words[1:] if words and words[0] == "/usr/bin/env" else list(words)
+    rest = words[1:] if words and words[0] == ENV else list(words)
     while rest and re.fullmatch(r"[A-Za-z_]\w*=.*", rest[0]):
         return None  # a variable of env's: a process of its own sets it
     if rest[:1] in (["python"], ["python3"]):
@@ -58,7 +61,7 @@ def bfpo_arguments(words: list[str]) -> list[str] | None:
 
 def runnable(words: list[str]) -> list[str]:
     """The words with this interpreter in the place of ``python``."""
-    rest = words[1:] if words and words[0] == "/usr/bin/env" else list(words)
+    rest = words[1:] if words and words[0] == ENV else list(words)
     if rest[:1] == ["python"]:
         rest = [sys.executable, *rest[1:]]
     return [*words[: len(words) - len(rest)], *rest]

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from bfpo_pl.sweep.expansion import bfpo_arguments, runnable
+from bfpo_pl.sweep.expansion import ENV, bfpo_arguments, runnable
 
 PRELOADED = "bfpo_pl.sweep.preload"
 """What the process that others are forked from imports."""
@@ -34,6 +34,8 @@ class Running(ABC):
 
 class _Program(Running):
     def __init__(self, words: list[str], log: Path, environment: dict[str, str]) -> None:
+        if words[0] != ENV and "=" not in words[0]:  # which env would take for a variable
+            words = [ENV, *words]  # a program that is not there is a trial that fails, with env's message in its log
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from bfpo_pl.component import UserError
 
@@ -36,6 +38,23 @@ PARAMETER_KEYS = ("value", "values", "distribution", "min", "max", "q", "paramet
 UNIFORM = ("uniform", "q_uniform", "int_uniform", "log_uniform", "log_uniform_values", "q_log_uniform_values")
 DISTRIBUTIONS = ("constant", "categorical", *UNIFORM)
 """Distributions of W&B that run here."""
+
+
+_TEXT_OF_A_NUMBER = re.compile(r"([+-]?\d+(?:\.\d*)?)(?:[eE]([+-]?\d+))?")
+
+
+class _Strict(yaml.SafeLoader):
+    """Refuses a mapping with a key twice, of which YAML's loader would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Makes a mapping; what it takes over from another by ``<<`` may be there twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise ConstructorError(None, None, f"the key {key.value} is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -92,9 +111,15 @@ class SweepSpec:
         return [key for key, parameter in self.parameters.items() if len(parameter.values) != 1]
 
     def identity(self) -> str:
-        """A digest of what makes trials of two sweeps comparable: all but the values of the parameters."""
+        """A digest of what makes trials of two sweeps comparable: all but its values, ranges and metric."""
         said = [self.method, self.program, list(self.command), sorted(self.parameters)]
         return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+
+    def ranges(self) -> dict[str, Any]:
+        """What each parameter is drawn from, as plain data; a grid draws nothing."""
+        if self.method == "grid":
+            return {}
+        return json.loads(json.dumps({key: vars(parameter) for key, parameter in self.parameters.items()}))
 
     def files(self) -> dict[str, str]:
         """Digests of the files that the command and the parameters name, so that a change is seen."""
@@ -119,7 +144,7 @@ def read_spec(path: str | Path) -> SweepSpec:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        said = yaml.safe_load(text)
+        said = yaml.load(text, Loader=_Strict)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"The sweep file {path} cannot be read: {getattr(error, 'strerror', None) or error}."
@@ -137,20 +162,21 @@ def read_spec(path: str | Path) -> SweepSpec:
     metric, maximize = _metric(path, said.get("metric"))
     if method == "bayes" and metric is None:
         raise UserError(f"{path}: method bayes needs metric.name and metric.goal.")
-    given = said.get("parameters")
-    if not isinstance(given, dict) or not given:
-        raise UserError(f"{path}: parameters must map keys such as model.loss.tau to what they may be; it is empty.")
-    parameters = dict(_parameters(path, given, ""))
-    for key, parameter in parameters.items():
+    parameters: dict[str, Parameter] = {}
+    for key, parameter in _parameters(path, said.get("parameters"), "", "parameters"):
+        if key in parameters:
+            raise UserError(f"{path}: parameters.{key} is there twice: flat, and below another key.")
+        parameters[key] = parameter
         if method == "grid" and parameter.distribution in UNIFORM:
             raise UserError(f"{path}: parameters.{key} is a range, of which no grid can be made; give it values.")
     run_cap = said.get("run_cap")
     if run_cap is not None and (not isinstance(run_cap, int) or isinstance(run_cap, bool) or run_cap < 1):
         raise UserError(f"{path}: run_cap must be a whole number above 0, not {run_cap!r}.")
     program = str(said.get("program", "bfpo"))
+    project = said.get("project")
     return SweepSpec(
         path, method, parameters, _command(path, said.get("command")), program, metric, maximize,
-        str(said.get("name") or path.stem), run_cap, said.get("project"), text,
+        str(said.get("name") or path.stem), run_cap, None if project is None else str(project), text,
     )  # fmt: skip
 
 
@@ -188,32 +214,60 @@ def _command(path: Path, said: Any) -> tuple[str, ...]:
     return tuple(str(word) for word in said)
 
 
-def _parameters(path: Path, given: dict[str, Any], prefix: str) -> Iterator[tuple[str, Parameter]]:
+def _parameters(path: Path, given: Any, prefix: str, where: str) -> Iterator[tuple[str, Parameter]]:
+    if not isinstance(given, dict) or not given:
+        raise UserError(f"{path}: {where} must map keys such as model.loss.tau to what they may be, not {given!r}.")
     for name, said in given.items():
         key = f"{prefix}{name}"
         if not isinstance(said, dict):
             raise UserError(f"{path}: parameters.{key} must say value, values or a distribution, not {said!r}.")
         _known(path, said, PARAMETER_KEYS, f"parameters.{key}.")
         if "parameters" in said:
-            yield from _parameters(path, said["parameters"], f"{key}.")
+            yield from _parameters(path, said["parameters"], f"{key}.", f"parameters.{key}.parameters")
         else:
             yield key, _parameter(path, key, said)
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two values are one; true is not 1 to a command line."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _plain(value: Any, where: str) -> None:
+    """Refuses what no command line, and no record of a trial, can hold: YAML reads some texts as dates."""
+    if isinstance(value, list):
+        for each in value:
+            _plain(each, where)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            _plain(each, where)
+            if not isinstance(key, str):
+                raise UserError(f"{where} has the key {key!r}, which is no text; put it in quotes.")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise UserError(f"{where} has {value}, which YAML reads as {type(value).__name__}; put it in quotes.")
 
 
 def _parameter(path: Path, key: str, said: dict[str, Any]) -> Parameter:
     where = f"{path}: parameters.{key}"
     if "value" in said:
+        _plain(said["value"], f"{where}.value")
         return Parameter((said["value"],))
     if "values" in said:
         values = said["values"]
         if not isinstance(values, list) or not values:
             raise UserError(f"{where}.values must be a list with something in it; a grid over it is empty.")
-        doubled = [value for index, value in enumerate(values) if value in values[:index]]
+        doubled = [value for index, value in enumerate(values) if any(_same(value, other) for other in values[:index])]
         if doubled:
             raise UserError(f"{where}.values has {doubled[0]!r} twice.")
+        for value in values:
+            _plain(value, f"{where}.values")
         return Parameter(tuple(values))
-    low, high = said.get("min"), said.get("max")
-    if not isinstance(low, int | float) or not isinstance(high, int | float) or not low < high:
+    return _range(where, said)
+
+
+def _range(where: str, said: dict[str, Any]) -> Parameter:
+    low, high, step = (_number(where, said, name) for name in ("min", "max", "q"))
+    if low is None or high is None or not low < high:
         raise UserError(f"{where} needs value, values, or min and max with min below max; it has {said}.")
     whole = isinstance(low, int) and isinstance(high, int)
     distribution = said.get("distribution", "int_uniform" if whole else "uniform")
@@ -222,11 +276,34 @@ def _parameter(path: Path, key: str, said: dict[str, Any]) -> Parameter:
             f"{where}.distribution {distribution!r} does not run here; known: {', '.join(DISTRIBUTIONS)}. "
             f"`wandb agent` knows more."
         )
+    if distribution == "q_log_uniform_values":
+        raise UserError(f"{where}: q_log_uniform_values does not run here; use log_uniform_values or values.")
+    if distribution == "int_uniform" and not whole:
+        raise UserError(f"{where}: int_uniform needs whole numbers, not min {low} and max {high}.")
     if distribution == "log_uniform":  # W&B gives the exponents of e
         distribution, low, high = "log_uniform_values", math.exp(low), math.exp(high)
     if "log" in distribution and low <= 0:
         raise UserError(f"{where}: min must be above 0 for {distribution}.")
-    if distribution == "q_log_uniform_values":
-        raise UserError(f"{where}: q_log_uniform_values does not run here; use log_uniform_values or values.")
-    step = said.get("q", 1.0) if distribution == "q_uniform" else None
+    if distribution == "q_uniform":
+        step = 1.0 if step is None else step  # W&B's default
+        if not 0 < step <= high - low:
+            raise UserError(f"{where}: q must be above 0 and at most max - min, not {step}.")
+    elif step is not None:
+        raise UserError(f"{where}: q is for q_uniform, not for {distribution}.")
     return Parameter((), distribution, low, high, step)
+
+
+def _number(where: str, said: dict[str, Any], name: str) -> float | None:
+    """A finite number, if there is one of that name."""
+    value = said.get(name)
+    if value is None:
+        return None
+    if isinstance(value, str) and (text := _TEXT_OF_A_NUMBER.fullmatch(value)):
+        mantissa, exponent = text.groups()
+        shown = mantissa
+        if exponent:  # what YAML asks of one: a point and a sign
+            shown = f"{mantissa if '.' in mantissa else f'{mantissa}.0'}e{int(exponent):+d}"
+        raise UserError(f"{where}.{name}: YAML reads {value} as a text; write {shown}.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where}.{name} must be a finite number, not {value!r}.")
+    return value

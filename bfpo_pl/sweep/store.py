@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import socket
 import time
 from collections.abc import Iterator
@@ -17,12 +16,11 @@ from filelock import FileLock
 
 from bfpo_pl.checkpoints.atomic import write_text
 from bfpo_pl.component import RunError, UserError
+from bfpo_pl.sweep.claims import beat, is_alive, is_own, read_claim, write_claim
+from bfpo_pl.sweep.results import last_value
 from bfpo_pl.sweep.spec import SweepSpec
 
 PENDING, RUNNING, FINISHED, FAILED, STOPPED = "pending", "running", "finished", "failed", "stopped"
-STALE = 90.0
-"""Seconds without a sign of life after which a trial that another machine has taken is free again."""
-
 TRIAL, CLAIM = "trial.json", "claim.json"
 
 
@@ -76,27 +74,56 @@ class SweepFolder:
         """Makes the folder, or checks that it is the same sweep's.
 
         Raises:
-            UserError: It is another sweep's, or a config that trials ran with has changed since.
+            UserError: It is another sweep's: another command, method, or keys; of a random or bayes sweep, other
+                values; of a bayes sweep, another metric. Or a config that trials ran with has changed since.
             RunError: It cannot be written.
         """
         with self._writing(), self.locked():
             record = self._read(self.path / "sweep.json") or {}
-            if record and record["identity"] != spec.identity():
-                raise UserError(
-                    f"{self.path} is the folder of another sweep: the command, method or keys of {spec.path} have "
-                    f"changed. Give this one a name of its own: --name NEW."
-                )
-            files = spec.files()
-            before = record.get("files", {})
-            changed = [name for name, digest in files.items() if before.get(name, digest) != digest]
-            if changed:
-                raise UserError(
-                    f"{', '.join(changed)} changed since trials of {self.path} ran with it; new trials would not be "
-                    f"comparable. Put it back, or start a sweep of its own: --name NEW."
-                )
+            metric = {"name": spec.metric, "goal": "maximize" if spec.maximize else "minimize"}
+            self._check(record, spec, metric)
+            if record.get("metric", metric)["name"] != spec.metric:
+                self._read_metric_anew(spec.metric)
             write_text(self.path / "sweep.yaml", spec.text)
-            content = {"identity": spec.identity(), "files": {**before, **files}}
+            files = {**record.get("files", {}), **spec.files()}
+            content = {"identity": spec.identity(), "files": files, "ranges": spec.ranges(), "metric": metric}
             write_text(self.path / "sweep.json", json.dumps(content, indent=2) + "\n")
+
+    def _check(self, record: dict[str, Any], spec: SweepSpec, metric: dict[str, Any]) -> None:
+        """Refuses a sweep that is not the recorded one. What an earlier version did not record is not compared."""
+        anew = "Give this one a name of its own: --name NEW."
+        if record.get("identity", spec.identity()) != spec.identity():
+            raise UserError(
+                f"{self.path} is the folder of another sweep: the command, method or keys of {spec.path} have "
+                f"changed. {anew}"
+            )
+        ranges = record.get("ranges", {})
+        changed = [key for key, said in spec.ranges().items() if ranges.get(key, said) != said]
+        if changed:
+            raise UserError(
+                f"{self.path} is the folder of another sweep: what a {spec.method} sweep draws from cannot change, and "
+                f"{spec.path} has other values for {', '.join(changed)}. {anew}"
+            )
+        before = record.get("metric", metric)
+        if spec.method == "bayes" and before != metric:
+            raise UserError(
+                f"{self.path} is the folder of another sweep: its trials were drawn to {before['goal']} "
+                f"{before['name']}, and {spec.path} would {metric['goal']} {metric['name']}. {anew}"
+            )
+        files = record.get("files", {})
+        changed = [name for name, digest in spec.files().items() if files.get(name, digest) != digest]
+        if changed:
+            raise UserError(
+                f"{', '.join(changed)} changed since trials of {self.path} ran with it; new trials would not be "
+                f"comparable. Put it back, or start a sweep of its own: --name NEW."
+            )
+
+    def _read_metric_anew(self, metric: str | None) -> None:
+        """Finished trials get the value of the metric that the file names now."""
+        for trial in self.trials():
+            if trial.status == FINISHED and trial.run is not None:
+                trial.metric = None if metric is None else last_value(self.folder(trial) / trial.run, metric)
+                self.write(trial)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -126,9 +153,11 @@ class SweepFolder:
 
     def take(self, trial: Trial) -> bool:
         """Takes a trial for this process, unless another one that lives has it. Only while locked."""
-        claim = self.folder(trial) / CLAIM
-        if self._is_alive(claim):
+        if self._is_alive(trial):
             return False
+        record = self._read(self.folder(trial) / TRIAL)
+        if record is not None and (record["status"], record["attempts"]) != (trial.status, trial.attempts):
+            return False  # another process ran it since the caller read the record
         trial.status, trial.attempts, trial.error, trial.host = RUNNING, trial.attempts + 1, None, socket.gethostname()
         self.write(trial)
         self._claim(trial)
@@ -137,38 +166,45 @@ class SweepFolder:
 
     def started(self, trial: Trial, process: int) -> None:
         """Notes the process of a trial: while that lives, the trial is not free, whatever became of this one."""
-        self._claim(trial, process)
+        if self._is_mine(trial):
+            self._claim(trial, process)
 
     def _claim(self, trial: Trial, *further: int) -> None:
         with self._writing():
-            claim = {"host": socket.gethostname(), "processes": [os.getpid(), *further]}
-            write_text(self.folder(trial) / CLAIM, json.dumps(claim) + "\n")
+            write_claim(self.folder(trial) / CLAIM, *further)
+
+    def _is_mine(self, trial: Trial) -> bool:
+        """Whether no other process has taken the trial since this one did."""
+        claim = read_claim(self.folder(trial) / CLAIM)
+        return claim is None or is_own(claim)
 
     def release(self, trial: Trial) -> None:
-        """Records what became of a trial that this process had taken."""
-        self.write(trial)
-        (self.folder(trial) / CLAIM).unlink(missing_ok=True)
+        """Records what became of a trial that this process had taken.
+
+        If it gave no sign of life for long, another process may have taken the trial since. Then only an end that both
+        would reach counts: what has finished stays finished, and anything else is the other's to record.
+        """
+        with self._writing(), self.locked():  # or one that looks for trials sees the old record, and no claim
+            record = self._read(self.folder(trial) / TRIAL)
+            ended = record is not None and record["status"] == FINISHED
+            mine = self._is_mine(trial)
+            if trial.status == FINISHED or (mine and not ended):
+                self.write(trial)
+            if mine:
+                (self.folder(trial) / CLAIM).unlink(missing_ok=True)
         self.mine.discard(trial.id)
 
     def beat(self) -> None:
         """A sign of life for all trials of this process."""
-        for name in self.mine:
-            with contextlib.suppress(OSError):
-                os.utime(self.path / "trials" / name / CLAIM)
+        for name in tuple(self.mine):
+            beat(self.path / "trials" / name / CLAIM)
 
     def is_taken(self, trial: Trial) -> bool:
         """Whether a process that lives, this or another, runs the trial."""
-        return trial.id in self.mine or self._is_alive(self.folder(trial) / CLAIM)
+        return trial.id in self.mine or self._is_alive(trial)
 
-    def _is_alive(self, claim: Path) -> bool:
-        owner = self._read(claim)
-        if owner is None:
-            return False
-        if owner["host"] == socket.gethostname():
-            return any(map(_runs, owner["processes"]))
-        clock = self.path / ".clock"  # the file system's time: machines' clocks differ
-        clock.touch()
-        return clock.stat().st_mtime - claim.stat().st_mtime < STALE
+    def _is_alive(self, trial: Trial) -> bool:
+        return is_alive(self.folder(trial) / CLAIM, self.path / ".clock")
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
@@ -188,23 +224,6 @@ class SweepFolder:
                 f"The sweep's folder {self.path} cannot be written: {error.strerror or error}. What is recorded there "
                 f"stays; the same command goes on once it can."
             ) from error
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return not _is_zombie(process)
-
-
-def _is_zombie(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (OSError, IndexError):
-        return False
 
 
 def elapsed(since: float) -> float:

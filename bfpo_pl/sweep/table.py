@@ -56,6 +56,10 @@ class Progress:
             self.console.print(summary, highlight=False, soft_wrap=True)
             self._said = summary
 
+    def say(self, text: str) -> None:
+        """Says something once, above a table that changes."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
     def summary(self, trials: list[Trial]) -> Text:
         """One line: how many are done, run and failed, the best, and the time left."""
         count = {status: sum(trial.status == status for trial in trials) for status in (FINISHED, RUNNING, FAILED)}

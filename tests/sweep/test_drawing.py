@@ -8,7 +8,7 @@ import pytest
 from bfpo_pl.component import UserError
 from bfpo_pl.sweep.drawing import plan_of
 from bfpo_pl.sweep.spec import read_spec
-from bfpo_pl.sweep.store import FINISHED, SweepFolder
+from bfpo_pl.sweep.store import FAILED, FINISHED, SweepFolder
 
 pytest.importorskip("optuna", reason="random and bayes sweeps need Optuna (bfpo_pl[sweep])")
 
@@ -83,6 +83,28 @@ def test_bayes_learns_from_the_trials(begin):
         late = folder.trials()[20:]
         means[method] = sum(objective(trial.parameters) for trial in late) / len(late)
     assert means["bayes"] < 0.5 * means["random"]
+
+
+def test_bayes_learns_from_a_trial_that_failed_at_first(begin):
+    def finished(folder):
+        study = plan_of(read_spec(folder.path / "sweep.yaml"), folder, 40)._study
+        return [(each.params["x"], each.value) for each in study.trials if each.state.name == "COMPLETE"]
+
+    folder, plan = begin("bayes")
+    trial = plan.next_trial([])
+    trial.status = FAILED
+    plan.tell(trial)
+    folder.write(trial)
+    assert finished(folder) == []
+    trial.status, trial.metric = FINISHED, 0.25
+    for _ in range(2):  # a sweep may be killed between telling and recording
+        _, plan = begin("bayes")
+        plan.tell(trial)
+    assert finished(folder) == [(trial.parameters["x"], 0.25)]
+    following = plan.next_trial(folder.trials())
+    following.status, following.metric = FINISHED, 0.5
+    plan.tell(following)
+    assert finished(folder)[1:] == [(following.parameters["x"], 0.5)]
 
 
 def test_no_end(begin):

@@ -51,6 +51,19 @@ def test_a_grid_is_all_combinations(spec):
         (("{values: [a.yaml, b.yaml]}", "{vales: [a]}"), r"\.config\.vales is unknown\. Did you mean values\?"),
         (("{values: [a.yaml, b.yaml]}", "{min: 1, max: 2}"), r"parameters\.config is a range, of which no grid"),
         (("{values: [a.yaml, b.yaml]}", "[a, b]"), r"parameters\.config must say value, values or a distribution"),
+        (("{tau: {values: [0.1, 0.2, 0.3]}}", "{}"), r"parameters\.model\.loss\.parameters must map keys .* not \{\}"),
+        (("{tau: {values: [0.1, 0.2, 0.3]}}", ""), r"parameters\.model\.loss\.parameters must map keys .* not None"),
+        (
+            ("{tau: {values: [0.1, 0.2, 0.3]}}", "[a]"),
+            r"parameters\.model\.loss\.parameters must map .* not \['a'\]",
+        ),
+        (
+            ("[a.yaml, b.yaml]", "[2020-01-01]"),
+            r"config\.values has 2020-01-01, which YAML reads as date; put",
+        ),
+        (("[a.yaml, b.yaml]", "[[2020-01-01]]"), r"config\.values has 2020-01-01, which YAML reads as date"),
+        (("[a.yaml, b.yaml]", "[{1: a}]"), r"config\.values has the key 1, which is no text; put it in quotes"),
+        (("value: HFModel", "value: !!binary aGk="), r"policy\.value has b'hi', which YAML reads as bytes"),
         (("goal: minimize", "goal: smallest"), "metric.goal must be minimize or maximize, not 'smallest'"),
         (('command: ["${env}", bfpo, fit, "${args}"]', "command: bfpo fit"), "command must be a list of words"),
         (("method: grid", "method: grid\nearly_terminate: {type: hyperband}"), "early_terminate is not done here"),
@@ -62,6 +75,44 @@ def test_mistakes_name_the_file_and_the_key(spec, change, message):
     with pytest.raises(UserError, match=message) as caught:
         spec(GRID.replace(*change))
     assert "sweep.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("{min: 1e-4, max: 1.0e-1}", r"parameters\.lr\.min: YAML reads 1e-4 as a text; write 1\.0e-4\."),
+        ("{min: 1.5, max: 2.5e3}", r"parameters\.lr\.max: YAML reads 2\.5e3 as a text; write 2\.5e\+3\."),
+        ("{min: 0.1, max: '3'}", r"parameters\.lr\.max: YAML reads 3 as a text; write 3\."),
+        ("{min: a, max: 1}", r"parameters\.lr\.min must be a finite number, not 'a'"),
+        ("{min: 1, max: .inf}", r"parameters\.lr\.max must be a finite number, not inf"),
+        ("{min: false, max: 3}", r"parameters\.lr\.min must be a finite number, not False"),
+        ("{min: 2, max: 1}", r"parameters\.lr needs value, values, or min and max with min below max"),
+        ("{min: 1}", r"parameters\.lr needs value, values, or min and max"),
+        ("{distribution: q_uniform, min: 0.0, max: 1.0, q: 0}", "q must be above 0 and at most max - min, not 0"),
+        ("{distribution: q_uniform, min: 0.0, max: 0.5}", r"q must be above 0 and at most max - min, not 1\.0"),
+        ("{min: 0.0, max: 1.0, q: 0.1}", "q is for q_uniform, not for uniform"),
+        ("{distribution: int_uniform, min: 0.5, max: 3.5}", r"int_uniform needs whole numbers, not min 0\.5 and max 3"),
+        ("{min: 1, max: 2, min: 0}", r"is not YAML: the key min is there twice .*line 2"),
+        (
+            "{value: 1}, a.b: {value: 1}, a: {parameters: {b: {value: 2}}}",
+            r"parameters\.a\.b is there twice: flat, and",
+        ),
+    ],
+)
+def test_ranges_and_keys(spec, said, message):
+    with pytest.raises(UserError, match=message) as caught:
+        spec(f"method: random\nparameters: {{lr: {said}}}\n")
+    assert "sweep.yaml" in str(caught.value)
+
+
+def test_yes_is_not_one(spec):
+    read = spec("method: grid\nparameters: {a: {values: [1, true, 0]}}\n")
+    assert [str(each["a"]) for each in grid(read)] == ["1", "True", "0"]
+
+
+def test_what_a_mapping_takes_over_is_not_there_twice(spec):
+    read = spec("method: grid\nparameters: {a: &a {values: [1, 2]}, b: {<<: *a, values: [3]}}\n")
+    assert [parameter.values for parameter in read.parameters.values()] == [(1, 2), (3,)]
 
 
 def test_an_empty_grid(spec):

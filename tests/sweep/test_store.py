@@ -1,16 +1,14 @@
 """Who may run a trial, and what the folder of a sweep keeps."""
 
 import json
-import os
 import subprocess
-import sys
-import time
+import threading
 
 import pytest
 
 from bfpo_pl.component import RunError, UserError
 from bfpo_pl.sweep.spec import read_spec
-from bfpo_pl.sweep.store import CLAIM, FINISHED, STALE, SweepFolder, Trial, trial_id
+from bfpo_pl.sweep.store import CLAIM, FAILED, FINISHED, RUNNING, SweepFolder, Trial, trial_id
 
 
 def test_ids_do_not_depend_on_the_order_of_the_keys():
@@ -20,12 +18,6 @@ def test_ids_do_not_depend_on_the_order_of_the_keys():
 @pytest.fixture
 def folder(tmp_path):
     return SweepFolder(tmp_path / "sweep")
-
-
-def claim_of(folder, trial, **owner):
-    path = folder.folder(trial) / CLAIM
-    path.write_text(json.dumps({"host": "elsewhere", "processes": [1]} | owner))
-    return path
 
 
 def test_a_trial_is_taken_once(folder):
@@ -40,34 +32,33 @@ def test_a_trial_is_taken_once(folder):
     assert not (folder.folder(trial) / CLAIM).exists()
 
 
-def test_a_trial_of_a_process_that_died_is_free(folder):
+def test_a_trial_that_ended_since_it_was_read_is_not_taken_again(folder):
+    other = SweepFolder(folder.path)
+    with folder.locked():
+        folder.take(Trial("t", {}))
+    (seen,) = other.trials()  # running
+    mine = folder.trials()[0]
+    mine.status = FINISHED
+    folder.release(mine)
+    with other.locked():
+        assert not other.take(seen)
+    assert [trial.status for trial in folder.trials()] == [FINISHED]
+
+
+def test_a_trial_does_not_end_while_another_process_looks_for_one(folder):
     trial = Trial("t", {})
-    folder.write(trial)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    claim_of(folder, trial, host=os.uname().nodename, processes=[dead.pid])
-    assert not folder.is_taken(trial)
-    claim_of(folder, trial, host=os.uname().nodename, processes=[dead.pid, os.getppid()])
-    assert folder.is_taken(trial)
-
-
-def test_a_trial_of_another_machine_is_free_when_that_gives_no_sign_of_life(folder):
-    trial = Trial("t", {})
-    folder.write(trial)
-    claim = claim_of(folder, trial)
-    assert folder.is_taken(trial)
-    old = time.time() - STALE - 5
-    os.utime(claim, (old, old))
-    assert not folder.is_taken(trial)
-
-
-def test_signs_of_life(folder):
-    trial = Trial("t", {})
-    folder.take(trial)
-    claim = folder.folder(trial) / CLAIM
-    os.utime(claim, (0, 0))
-    folder.beat()
-    assert time.time() - claim.stat().st_mtime < 60
+    with folder.locked():
+        folder.take(trial)
+    trial.status = FINISHED
+    ending = threading.Thread(target=folder.release, args=(trial,), daemon=True)
+    with SweepFolder(folder.path).locked():
+        ending.start()
+        ending.join(timeout=0.5)
+        assert (folder.folder(trial) / CLAIM).exists()
+        assert [found.status for found in folder.trials()] == [RUNNING]
+    ending.join(timeout=20)
+    assert not (folder.folder(trial) / CLAIM).exists()
+    assert [found.status for found in folder.trials()] == [FINISHED]
 
 
 @pytest.fixture
@@ -88,6 +79,67 @@ def test_a_sweep_may_grow_but_not_become_another(folder, spec):
     folder.open(spec([1, 2]))
     with pytest.raises(UserError, match=r"is the folder of another sweep.*--name NEW"):
         folder.open(spec([1], "[bfpo, sft]"))
+
+
+DRAWN = """
+method: {method}
+metric: {{name: {metric}, goal: {goal}}}
+parameters: {{x: {{min: 0.0, max: {most}}}, kind: {{values: {values}}}}}
+"""
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    def read(method="random", metric="loss", goal="minimize", most=1.0, values=("a", "b")):
+        path = tmp_path / "drawn.yaml"
+        path.write_text(
+            DRAWN.format(method=method, metric=metric, goal=goal, most=most, values=f"[{', '.join(values)}]")
+        )
+        return read_spec(path)
+
+    return read
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+@pytest.mark.parametrize(("change", "key"), [({"values": "abc"}, "kind"), ({"most": 2.0}, "x")])
+def test_what_is_drawn_from_cannot_change(folder, drawn, method, change, key):
+    folder.open(drawn(method))
+    folder.open(drawn(method))
+    with pytest.raises(UserError, match=rf"what a {method} sweep draws from cannot change.* for {key}\. .*--name"):
+        folder.open(drawn(method, **change))
+
+
+@pytest.mark.parametrize("change", [{"metric": "accuracy"}, {"goal": "maximize"}])
+def test_what_bayes_learns_from_cannot_change(folder, drawn, change):
+    folder.open(drawn("bayes"))
+    with pytest.raises(UserError, match=r"were drawn to minimize loss, and .* would (minimize accuracy|maximize loss)"):
+        folder.open(drawn("bayes", **change))
+
+
+def test_a_folder_of_an_earlier_version_is_taken_as_it_is(folder, drawn):
+    folder.open(drawn("bayes"))
+    record = folder.path / "sweep.json"
+    before = json.loads(record.read_text())
+    record.write_text(json.dumps({"identity": before["identity"], "files": {}}))
+    changed = drawn("bayes", metric="accuracy", most=2.0)
+    folder.open(changed)
+    with pytest.raises(UserError, match="draws from cannot change"):  # known from now on
+        folder.open(drawn("bayes", metric="accuracy"))
+
+
+def test_another_metric_is_read_from_the_trials_that_have_finished(folder, drawn):
+    folder.open(drawn())
+    run = folder.path / "trials/t/exp/run"
+    run.mkdir(parents=True)
+    (run / "metrics.csv").write_text("step,loss,accuracy\n1,0.5,0.25\n2,,0.75\n")
+    folder.write(Trial("t", {}, status=FINISHED, metric=0.5, run="exp/run"))
+    folder.write(Trial("u", {}, status=FAILED))
+    folder.open(drawn(goal="maximize"))
+    assert [trial.metric for trial in folder.trials()] == [0.5, None]
+    folder.open(drawn(metric="accuracy"))
+    assert [trial.metric for trial in folder.trials()] == [0.75, None]
+    folder.open(drawn(metric="none"))
+    assert [trial.metric for trial in folder.trials()] == [None, None]
 
 
 def test_a_config_that_changed_is_refused(folder, spec, tmp_path):

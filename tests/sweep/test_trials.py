@@ -80,8 +80,14 @@ def wait_for(condition, process):
 
 
 def results(folder):
-    """What a table would show: each trial's metric."""
+    """What became of each trial, and its metric."""
     return {key: (trial.status, trial.metric) for key, trial in trials_of(folder).items()}
+
+
+def compared(folder):
+    """What `bfpo compare` says of a sweep."""
+    main(["compare", str(folder)])
+    return (folder / "report/comparison.csv").read_text()
 
 
 def test_a_sweep_that_was_killed_twice_ends_like_one_that_was_not(tmp_path, started):
@@ -94,12 +100,16 @@ def test_a_sweep_that_was_killed_twice_ends_like_one_that_was_not(tmp_path, star
     for count in (1, 3):
         process = started(killed)
         wait_for(checkpoints(count), process)
+        claims = [json.loads(file.read_text()) for file in killed.glob("sweeps/kills/trials/*/claim.json")]
         os.killpg(process.pid, signal.SIGKILL)
+        for trial in claims[0]["processes"][1:]:  # the other one sees that its sweep has gone, saves, and ends
+            os.kill(trial, signal.SIGKILL)
         process.wait()
     assert started(killed).wait(timeout=400) == 0
     expected = results(tmp_path / "whole/sweeps/kills")
     assert {status for status, _ in expected.values()} == {FINISHED}
     assert results(killed / "sweeps/kills") == expected
+    assert compared(killed / "sweeps/kills") == compared(tmp_path / "whole/sweeps/kills")
     trials = trials_of(killed / "sweeps/kills").values()
     assert max(trial.attempts for trial in trials) >= 2
     for trial in trials:
@@ -123,7 +133,7 @@ def test_trials_share_the_prepared_data(tmp_path, small, monkeypatch):
     spec = yaml.safe_load(path.read_text())
     spec["command"][-1:] = ["--model.reference=Precomputed", "${args}"]
     path.write_text(yaml.safe_dump(spec))
-    main(["sweep", str(path), f"--runs={tmp_path}", "--workers=1"])
+    main(["sweep", str(path), f"--runs={tmp_path}", "--workers=2"])
     cache = tmp_path / "cache"
     assert len(list(cache.glob("tokens/*/manifest.json"))) == 3  # two streams, one with validation: once for all
     logs = [file.read_text() for file in sorted((tmp_path / "sweeps/shared/trials").glob("*/log.txt"))]
