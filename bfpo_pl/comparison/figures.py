@@ -171,7 +171,9 @@ def _one_parameter(comparison: Comparison, curves: Curves, path: Path) -> Drawn:
         axes.set_xlabel(curves.name)
         if curves.logarithmic:
             axes.set_xscale("log")
-        _limit_bands(axes, [row.means[key] for _, points in lines for _, row in points])
+        means = [row.means[key] for _, points in lines for _, row in points if row.means[key].n]
+        if _are_shares(means):
+            axes.set_ylim(*_limits(means))
     handles = [_handle(style(i), label or "all else equal", None) for i, (label, _) in enumerate(lines)]
     _finish(figure, panels, handles if len(lines) > 1 else [])
     figure.savefig(path)
