@@ -90,6 +90,7 @@ def compared(folder):
     return (folder / "report/comparison.csv").read_text()
 
 
+@pytest.mark.long
 def test_a_sweep_that_was_killed_twice_ends_like_one_that_was_not(tmp_path, started):
     assert started(tmp_path / "whole").wait(timeout=400) == 0
     killed = tmp_path / "killed"
