@@ -218,10 +218,10 @@ def _forms(run: RunRecord) -> dict[str, set[str]]:
 def _labels(groups: Sequence[Group], keys: Sequence[str], parameters: frozenset[str]) -> list[str]:
     if len(groups) == 1:
         return [groups[0].config["experiment"]]
-    telling = telling_keys(groups, keys, parameters)
     experiments = [group.config["experiment"] for group in groups]
-    if len(set(experiments)) == len(groups) and not any(_is_number(group, key) for key in telling for group in groups):
+    if len(set(experiments)) == len(groups):
         return experiments
+    telling = telling_keys(groups, keys, parameters)
     return [label or group.config["experiment"] for label, group in zip(settings(groups, telling), groups, strict=True)]
 
 
@@ -236,11 +236,6 @@ def settings(groups: Sequence[Group], keys: Sequence[str]) -> list[str]:
     labels = [_label(group, keys, names, groups) for group in groups]
     return [f"{label} ({labels[:place].count(label) + 1})" if labels.count(label) > 1 else label
             for place, label in enumerate(labels)]  # fmt: skip
-
-
-def _is_number(group: Group, key: str) -> bool:
-    value = group.config.get(key)
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def telling_keys(groups: Sequence[Group], keys: Sequence[str], parameters: frozenset[str]) -> list[str]:
