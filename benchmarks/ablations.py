@@ -104,18 +104,34 @@ def collect(sweeps: Path) -> None:
                 shutil.move(figure, IMAGES / name / figure.name)
             else:
                 figure.unlink()
-        order = [trial_id(values) for folder in folders for values in grid(read_spec(folder / "sweep.yaml"))]
+        specs = [(folder.name, read_spec(folder / "sweep.yaml")) for folder in folders]
+        order = [(sweep, trial_id(values)) for sweep, spec in specs for values in grid(spec)]
         fill(name, table(comparison, order))
 
 
-def table(comparison: Comparison, order: list[str]) -> list[str]:
-    """The groups as lines of Markdown, in the order of the sweep's grid."""
+def table(comparison: Comparison, order: list[tuple[str, str]]) -> list[str]:
+    """The groups as lines of Markdown, in the order of the sweeps' grids, which are given as (sweep, trial)."""
     assert comparison.pair
     keys = [*comparison.pair, WORSE, *FURTHER]
-    rows = sorted(comparison.rows, key=lambda row: min(order.index(run.folder.parts[-3]) for run in row.group.runs))
-    cells = [[f"`{row.label}`", *(mean_text(row.means[key]) for key in keys), front_text(row)] for row in rows]
+    places = {
+        row.label: min(order.index(run.folder.parts[-5::2][:2]) for run in row.group.runs) for row in comparison.rows
+    }
+    rows = sorted(comparison.rows, key=lambda row: places[row.label])
+    cells = [[f"`{_short(row.label)}`", *(mean_text(row.means[key]) for key in keys), front_text(row)] for row in rows]
     head = ["", "helpfulness", "harmlessness", "the worse", *HEADS, "on the front"]
     return [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *cells]]
+
+
+def _short(label: str) -> str:
+    """A label as the page's tables have room for it."""
+    for long, short in {
+        "labeling=": "",
+        " soft_flags=false": "",
+        " soft_flags=true": " soft",
+        "flag_noise": "e",
+    }.items():
+        label = label.replace(long, short)
+    return label
 
 
 def pivot(rows: list[dict[str, Any]]) -> list[str]:
