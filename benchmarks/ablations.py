@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -38,6 +39,8 @@ TOGETHER = {"noise": ["ablation-noise", "ablation-soft_flags", "ablation-noise_t
 TUNED = ("ablation-tune", "ablation-tune_dpo", "ablation-tune_trainable")
 VALIDATION = "val/microworld/greedy/"
 FURTHER = [f"test/microworld/{name}" for name in ("greedy/harmful/malformed", "t0.5/helpfulness", "t0.5/harmlessness")]
+SAMPLED = ("alpha", "b1", "streams")
+"""Sweeps whose curves are of temperature 0.5: greedily there is no room for them to differ."""
 HEADS = ["malformed on harm", "helpfulness, T 0.5", "harmlessness, T 0.5"]
 
 
@@ -104,6 +107,11 @@ def collect(sweeps: Path) -> None:
                 shutil.move(figure, IMAGES / name / figure.name)
             else:
                 figure.unlink()
+        if name in SAMPLED:
+            with tempfile.TemporaryDirectory() as other:
+                compare([str(folder) for folder in folders], other, None, None, *FURTHER[1:])
+                for figure in Path(other).glob("by_*.png"):
+                    shutil.move(figure, IMAGES / name / figure.name)
         specs = [(folder.name, read_spec(folder / "sweep.yaml")) for folder in folders]
         order = [(sweep, trial_id(values)) for sweep, spec in specs for values in grid(spec)]
         fill(name, table(comparison, order))
