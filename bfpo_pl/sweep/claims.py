@@ -32,8 +32,12 @@ def write_claim(path: Path, *trial: int) -> None:
     write_text(path, json.dumps(claim) + "\n")
 
 
-def read_claim(path: Path) -> dict[str, Any] | None:
-    """Who has taken a trial; None if nobody has.
+def read_record(path: Path, remedy: str) -> dict[str, Any] | None:
+    """A file of JSON in a sweep's folder; None if it is not there.
+
+    Args:
+        path: The file.
+        remedy: What to do if it is damaged.
 
     Raises:
         UserError: The file is damaged.
@@ -43,7 +47,16 @@ def read_claim(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). Delete it if no process runs the trial.") from error
+        raise UserError(f"{path} is damaged ({error}). {remedy}") from error
+
+
+def read_claim(path: Path) -> dict[str, Any] | None:
+    """Who has taken a trial; None if nobody has.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    return read_record(path, "Delete it if no process runs the trial.")
 
 
 def is_own(claim: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from bfpo_pl.checkpoints.atomic import write_text
 from bfpo_pl.component import RunError, UserError
-from bfpo_pl.sweep.claims import beat, is_alive, is_own, read_claim, write_claim
+from bfpo_pl.sweep.claims import beat, is_alive, is_own, read_claim, read_record, write_claim
 from bfpo_pl.sweep.results import last_value
 from bfpo_pl.sweep.spec import SweepSpec
 
@@ -97,9 +97,7 @@ class SweepFolder:
                 f"{self.path} is the folder of another sweep: the command, method or keys of {spec.path} have "
                 f"changed. {anew}"
             )
-        ranges = record.get("ranges", {})
-        changed = [key for key, said in spec.ranges().items() if ranges.get(key, said) != said]
-        if changed:
+        if changed := _changed(record.get("ranges", {}), spec.ranges()):
             raise UserError(
                 f"{self.path} is the folder of another sweep: what a {spec.method} sweep draws from cannot change, and "
                 f"{spec.path} has other values for {', '.join(changed)}. {anew}"
@@ -110,9 +108,7 @@ class SweepFolder:
                 f"{self.path} is the folder of another sweep: its trials were drawn to {before['goal']} "
                 f"{before['name']}, and {spec.path} would {metric['goal']} {metric['name']}. {anew}"
             )
-        files = record.get("files", {})
-        changed = [name for name, digest in spec.files().items() if files.get(name, digest) != digest]
-        if changed:
+        if changed := _changed(record.get("files", {}), spec.files()):
             raise UserError(
                 f"{', '.join(changed)} changed since trials of {self.path} ran with it; new trials would not be "
                 f"comparable. Put it back, or start a sweep of its own: --name NEW."
@@ -208,12 +204,7 @@ class SweepFolder:
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}). Delete its folder to run the trial again.") from error
+        return read_record(path, "Delete its folder to run the trial again.")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -224,6 +215,11 @@ class SweepFolder:
                 f"The sweep's folder {self.path} cannot be written: {error.strerror or error}. What is recorded there "
                 f"stays; the same command goes on once it can."
             ) from error
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys of what was recorded before that are otherwise now."""
+    return [key for key, value in now.items() if before.get(key, value) != value]
 
 
 def elapsed(since: float) -> float:
